@@ -1,0 +1,141 @@
+"""Where a cluster lives and which ports are its own.
+
+Everything of a cluster lies in one folder with a short path: Unix socket paths end at 108 bytes, and an ordinary
+user must be able to walk to it, which a clone below /root does not allow. `cluster.json` there is the one record
+of what was chosen; a cluster exists when that file does.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import socket
+from pathlib import Path
+
+from .process import Failure
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+CLUSTERS = Path(os.environ.get("BERTH_CLUSTERS", "/var/tmp/berth"))
+FIRST_PORT, LAST_PORT = 20000, 31999  # below the kernel's range for outgoing connections
+# Numbers nobody else uses, without passwd entries: none is needed, and none has to be taken back.
+DAEMON_UID, SEALER_UID, REGISTRY_UID = 64301, 64302, 64303
+
+
+class Layout:
+    """Paths and choices of one cluster."""
+
+    def __init__(self, name):
+        if not name or len(name) > 32 or not all(c.isalnum() or c in "-_" for c in name) or not name.isascii():
+            raise Failure(f"a cluster's name is up to 32 letters, digits, '-' and '_', not '{name}'")
+        self.name = name
+        self.folder = CLUSTERS / name
+        self.choices_file = self.folder / "cluster.json"
+        self.choices = {}
+
+    def path(self, *parts):
+        return self.folder.joinpath(*parts)
+
+    def exists(self):
+        return self.choices_file.exists()
+
+    def load(self):
+        try:
+            self.choices = json.loads(self.choices_file.read_text())
+        except FileNotFoundError:
+            raise Failure(f"no cluster '{self.name}'", hint=f"scripts/cluster up {self.name}") from None
+        return self
+
+    def save(self):
+        part = self.choices_file.with_suffix(".part")
+        part.write_text(json.dumps(self.choices, indent=1, sort_keys=True) + "\n")
+        part.rename(self.choices_file)
+
+    def create(self, choices):
+        """Makes the folders and takes ports. Two clusters coming up at once never get the same ones."""
+        CLUSTERS.mkdir(mode=0o755, parents=True, exist_ok=True)
+        os.chmod(CLUSTERS, 0o755)
+        longest = len(str(self.path("run", "munge.socket.2")))
+        if longest > 100:
+            raise Failure(f"'{self.folder}' is too long a path for Unix sockets",
+                          hint="set BERTH_CLUSTERS to a folder with a shorter path")
+        with locked(CLUSTERS / ".ports.lock"):
+            nodes = choices["nodes"]
+            base = free_ports(nodes + 2, taken_ports())
+            self.choices = choices | {"slurmctld_port": base, "registry_port": base + 1, "slurmd_port": base + 2}
+            for folder in ("", "bin", "etc", "run", "log", "slurmctld", "slurmd"):
+                self.path(folder).mkdir(mode=0o755, exist_ok=True)
+            for folder, uid in (("registry", REGISTRY_UID), ("daemon", DAEMON_UID), ("sealer", SEALER_UID),
+                                ("store", SEALER_UID), ("run/daemon", DAEMON_UID), ("run/sealer", SEALER_UID)):
+                self.path(folder).mkdir(mode=0o755, exist_ok=True)
+                os.chown(self.path(folder), uid, uid)
+            self.save()
+
+    @property
+    def nodes(self):
+        return [f"n{number}" for number in range(1, self.choices["nodes"] + 1)]
+
+    @property
+    def registry(self):
+        return f"127.0.0.1:{self.choices['registry_port']}"
+
+    @property
+    def slurm_conf(self):
+        return self.path("etc", "slurm.conf")
+
+    @property
+    def munge_socket(self):
+        return self.path("run", "munge.socket.2")
+
+    @property
+    def daemon_socket(self):
+        return self.path("run", "daemon", "api.sock")
+
+    @property
+    def mark(self):
+        """What every process started for this cluster carries in its environment."""
+        return f"BERTH_CLUSTER_DIR={self.folder}"
+
+
+def all_clusters():
+    if not CLUSTERS.is_dir():
+        return []
+    return [Layout(entry.name) for entry in sorted(CLUSTERS.iterdir()) if (entry / "cluster.json").exists()]
+
+
+@contextlib.contextmanager
+def locked(path):
+    with open(path, "a", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def taken_ports():
+    """Ports that other clusters hold by their records, whether they run or not."""
+    taken = set()
+    for cluster in all_clusters():
+        with contextlib.suppress(Failure, json.JSONDecodeError, KeyError):
+            choices = cluster.load().choices
+            taken.update((choices["slurmctld_port"], choices["registry_port"]))
+            taken.update(range(choices["slurmd_port"], choices["slurmd_port"] + choices["nodes"]))
+    return taken
+
+
+def free_ports(count, taken):
+    """The first of `count` ports in a row that nobody holds."""
+    starts = list(range(FIRST_PORT, LAST_PORT - count, 128))
+    random.shuffle(starts)
+    for start in starts:
+        if all(port not in taken and can_bind(port) for port in range(start, start + count)):
+            return start
+    raise Failure(f"no {count} free ports in a row between {FIRST_PORT} and {LAST_PORT}")
+
+
+def can_bind(port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
