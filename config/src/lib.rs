@@ -1,1 +1,15 @@
-//! Placeholder.
+//! The site's one TOML file: what `berthd`, the sealer, `berth` and `berth-runtime` read.
+//!
+//! Every key has a default, written where the key is defined; [`Config::default`] is a site that works on one
+//! machine. Unknown keys are refused with the nearest known one, so that a typing error never means "the default".
+
+mod check;
+mod load;
+mod sections;
+
+pub use check::Problem;
+pub use load::{ConfigError, DEFAULT_PATH};
+pub use sections::{
+    Api, Compression, Config, Convert, Daemon, Limits, LogFormat, Node, Ownership, RegistrySite,
+    Seal, SiteBind, Slurm, Store,
+};

@@ -1,0 +1,321 @@
+//! The keys, their meaning and their defaults, section by section.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The whole file.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub store: Store,
+    pub daemon: Daemon,
+    pub api: Api,
+    pub seal: Seal,
+    pub convert: Convert,
+    /// The registry that completes names without a host, for example `docker.io`. None by default: then such names
+    /// are refused.
+    pub default_registry: Option<String>,
+    /// What is special about a registry, by `HOST[:PORT]`.
+    pub registry: BTreeMap<String, RegistrySite>,
+    pub node: Node,
+}
+
+/// `[store]`: the folder on the parallel filesystem.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Store {
+    /// The same path on every node. Default `/var/lib/berth/store`.
+    pub path: PathBuf,
+    /// The name in the store's FORMAT file of the one daemon that may write. Default `berthd`.
+    pub owner: String,
+}
+
+/// `[daemon]`: the network side.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Daemon {
+    /// Spool and catalogue, on a local disk. Default `/var/lib/berth/daemon`.
+    pub state_dir: PathBuf,
+    /// Blobs fetched at a time, over all pulls. Default 8.
+    pub parallel_fetches: usize,
+    /// Images made at a time; others wait. Default 2.
+    pub parallel_conversions: usize,
+    /// Seconds that an answer for a tag is used without asking the registry again. Default 60.
+    pub tag_ttl_s: u64,
+    /// Seconds without a byte after which a transfer is tried again. Default 30.
+    pub stall_timeout_s: u64,
+    /// Tries of one blob before its pull fails. Default 5.
+    pub fetch_attempts: u32,
+    /// Uids besides root that may remove images and see everybody's pulls. Default none.
+    pub admin_uids: Vec<u32>,
+    /// Bytes of finished layers kept in the spool, for later images that share them. Default 50 GiB.
+    pub spool_bytes: u64,
+    /// `json` or `text`. Default `text`.
+    pub log_format: LogFormat,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// `[api]`: where the daemon is reached.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Api {
+    /// Unix socket; who asks is known by peer credentials. Default `/run/berth/berthd.sock`.
+    pub socket: PathBuf,
+    /// `ADDRESS:PORT` for nodes and login nodes; who asks is known by munge. Not listening by default.
+    pub listen: Option<String>,
+    /// Where clients on other machines find `listen`, as `http://HOST:PORT`. Without it they use the socket.
+    pub url: Option<String>,
+    /// munged's socket where it is not the library's default.
+    pub munge_socket: Option<PathBuf>,
+}
+
+/// `[seal]`: the process that owns the store and holds the key.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Seal {
+    /// Private key, PKCS#8 PEM, readable by the sealer alone. Default `/etc/berth/keys/site.key`.
+    pub key: PathBuf,
+    /// Default `/run/berth/seal.sock`.
+    pub socket: PathBuf,
+    /// Small state of its own (serial, the store's UUID). Default `/var/lib/berth/seal`.
+    pub state_dir: PathBuf,
+    /// Uids besides its own that may ask for an image to be made: the daemon's. Default none.
+    pub allow_uids: Vec<u32>,
+    /// Whether `berthd` starts the sealer itself, under its own uid. Sites that give it a uid of its own run
+    /// `berthd seal` as a second service and set this to false. Default true.
+    pub spawn: bool,
+    /// Default: `berth-convert` beside the running program, else `/usr/libexec/berth/berth-convert`.
+    pub converter: Option<PathBuf>,
+}
+
+/// `[convert]`: how images are made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Convert {
+    /// `zstd`, `gzip` or `lz4`. Default `zstd`.
+    pub compression: Compression,
+    /// Of the compressor. Default 3.
+    pub level: i32,
+    /// Bytes; a power of two from 4 KiB to 1 MiB. Default 131072.
+    pub block_size: u32,
+    /// `readable` (everything readable by everybody, `a+rX`, owned by root) or `keep`. Default `readable`.
+    pub ownership: Ownership,
+    /// Keep set-id bits and file capabilities; the mount ignores them all the same. Default false.
+    pub keep_setid: bool,
+    /// Prefixes of extended attributes that stay. Default `["user."]`.
+    pub keep_xattrs: Vec<String>,
+    /// Compressor threads; 0 is one a core. Default 0.
+    pub threads: usize,
+    /// Bytes of buffers a conversion may hold. Default 192 MiB.
+    pub memory: u64,
+    /// Read every byte of a finished image back before it is signed. Default false.
+    pub read_back: bool,
+    pub limits: Limits,
+}
+
+/// `[convert.limits]`: where a hostile or mistaken image is refused.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Bytes of all layers uncompressed. Default 200 GiB.
+    pub max_bytes: u64,
+    /// Headers in all layers. Default 20 million.
+    pub max_entries: u64,
+    /// Uncompressed to compressed size of a layer, once it is past 64 MiB. Default 200.
+    pub max_ratio: u64,
+}
+
+/// What squashes blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    Zstd,
+    Gzip,
+    Lz4,
+}
+
+/// Whose the files in an image are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ownership {
+    Keep,
+    Readable,
+}
+
+/// `[registry."HOST[:PORT]"]`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegistrySite {
+    /// Speak plain HTTP. Loopback registries are spoken to in HTTP when they do not speak TLS, without this.
+    pub plain_http: bool,
+    /// PEM file of certificates to trust besides the system's.
+    pub ca: Option<PathBuf>,
+    /// A file in the form of Docker's `config.json`, or two lines, user and password; readable by the daemon alone.
+    pub credentials: Option<PathBuf>,
+}
+
+/// `[node]`: what `berth-runtime` does on login and compute nodes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Node {
+    /// Public keys (PEM) whose records are believed; files and folders owned by root. Default
+    /// `["/etc/berth/keys/site.pub"]`.
+    pub keys: Vec<PathBuf>,
+    /// Locks of the runtime, on a local filesystem. Default `/run/berth`.
+    pub run_dir: PathBuf,
+    /// Seconds that a task waits for its image. Default 900.
+    pub wait_s: u64,
+    /// Seconds that `sbatch` waits for the daemon at submit. Default 2.
+    pub submit_wait_s: u64,
+    /// Bytes of memory for what a `--container-writable` container writes; 0 forbids the option. Default 8 GiB.
+    pub writable_bytes: u64,
+    /// Whether `--container-mounts` is allowed. Default true.
+    pub user_mounts: bool,
+    /// Bind the user's home directory. Default true.
+    pub home: bool,
+    /// Folders of the node that every container gets.
+    pub binds: Vec<SiteBind>,
+    pub slurm: Slurm,
+}
+
+/// One of `[[node.binds]]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SiteBind {
+    pub source: PathBuf,
+    /// Default: `source`.
+    #[serde(default)]
+    pub target: Option<PathBuf>,
+    #[serde(default)]
+    pub read_only: bool,
+    /// Go on without it where `source` does not exist.
+    #[serde(default)]
+    pub optional: bool,
+}
+
+/// `[node.slurm]`: Slurm's client inside containers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Slurm {
+    /// Bind Slurm's commands, libraries, configuration and the munge socket. Default true.
+    pub client: bool,
+    /// Where the commands lie. Default `/usr/bin`.
+    pub bin_dir: PathBuf,
+    /// Plugins and the private library. Default: the first that exists of
+    /// `/usr/lib/x86_64-linux-gnu/slurm-wlm`, `/usr/lib64/slurm`, `/usr/lib/slurm`.
+    pub lib_dir: Option<PathBuf>,
+    /// Default: the folder of `$SLURM_CONF` as slurmd has it, else `/etc/slurm`.
+    pub conf_dir: Option<PathBuf>,
+}
+
+impl Default for Store {
+    fn default() -> Self {
+        Self {
+            path: "/var/lib/berth/store".into(),
+            owner: "berthd".into(),
+        }
+    }
+}
+
+impl Default for Daemon {
+    fn default() -> Self {
+        Self {
+            state_dir: "/var/lib/berth/daemon".into(),
+            parallel_fetches: 8,
+            parallel_conversions: 2,
+            tag_ttl_s: 60,
+            stall_timeout_s: 30,
+            fetch_attempts: 5,
+            admin_uids: Vec::new(),
+            spool_bytes: 50 << 30,
+            log_format: LogFormat::Text,
+        }
+    }
+}
+
+impl Default for Api {
+    fn default() -> Self {
+        Self {
+            socket: "/run/berth/berthd.sock".into(),
+            listen: None,
+            url: None,
+            munge_socket: None,
+        }
+    }
+}
+
+impl Default for Seal {
+    fn default() -> Self {
+        Self {
+            key: "/etc/berth/keys/site.key".into(),
+            socket: "/run/berth/seal.sock".into(),
+            state_dir: "/var/lib/berth/seal".into(),
+            allow_uids: Vec::new(),
+            spawn: true,
+            converter: None,
+        }
+    }
+}
+
+impl Default for Convert {
+    fn default() -> Self {
+        Self {
+            compression: Compression::Zstd,
+            level: 3,
+            block_size: 131_072,
+            ownership: Ownership::Readable,
+            keep_setid: false,
+            keep_xattrs: vec!["user.".into()],
+            threads: 0,
+            memory: 192 << 20,
+            read_back: false,
+            limits: Limits::default(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_bytes: 200 << 30,
+            max_entries: 20_000_000,
+            max_ratio: 200,
+        }
+    }
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            keys: vec!["/etc/berth/keys/site.pub".into()],
+            run_dir: "/run/berth".into(),
+            wait_s: 900,
+            submit_wait_s: 2,
+            writable_bytes: 8 << 30,
+            user_mounts: true,
+            home: true,
+            binds: Vec::new(),
+            slurm: Slurm::default(),
+        }
+    }
+}
+
+impl Default for Slurm {
+    fn default() -> Self {
+        Self {
+            client: true,
+            bin_dir: "/usr/bin".into(),
+            lib_dir: None,
+            conf_dir: None,
+        }
+    }
+}
