@@ -1,0 +1,240 @@
+//! Metadata blocks: 8 KiB pieces of the inode, directory and lookup tables, each compressed by itself, and a cursor
+//! that reads across them.
+//!
+//! Invariant: a cursor never leaves its [`Region`], and each step forward moves forward in the file, so that no
+//! image can make it loop.
+
+use std::sync::Arc;
+
+use super::Reader;
+use super::cache::Weigh;
+use super::error::ReadError;
+use super::source::ReadAt;
+use crate::format::{METADATA_SIZE, METADATA_UNCOMPRESSED};
+
+/// Where a table's metadata blocks lie in the file: `start..end`, absolute bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Region {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+}
+
+impl Region {
+    pub(crate) fn len(&self) -> u64 {
+        self.end.saturating_sub(self.start)
+    }
+
+    /// No more bytes than this can come out of the region: the smallest block is its header and one byte.
+    pub(crate) fn most_decoded(&self) -> u64 {
+        (self.len() / 3 + 1).saturating_mul(METADATA_SIZE as u64)
+    }
+}
+
+/// A place in a table: the block's start as an absolute byte offset and an offset in the decoded block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct MetaPos {
+    pub(crate) block: u64,
+    pub(crate) offset: u32,
+}
+
+/// One decoded metadata block, or a raw piece of a pointer array.
+#[derive(Debug)]
+pub(crate) struct MetaBlock {
+    pub(crate) data: Box<[u8]>,
+    /// Where the next block starts in the file.
+    pub(crate) next: u64,
+}
+
+impl Weigh for MetaBlock {
+    fn weight(&self) -> usize {
+        self.data.len()
+    }
+}
+
+/// Marks a cache key as a raw piece of the file; no file offset is that big.
+const RAW: u64 = 1 << 63;
+/// Pointer arrays are read in pieces of this size.
+const RAW_PIECE: u64 = 4096;
+
+impl<S: ReadAt> Reader<S> {
+    /// The decoded metadata block that starts at `at`, which ends before `end`.
+    pub(crate) fn meta_block(&self, at: u64, end: u64) -> Result<Arc<MetaBlock>, ReadError> {
+        let block = self
+            .meta
+            .get_or_load(at, || self.load_meta_block(at, end))?;
+        if block.next > end {
+            return Err(ReadError::corrupt("metadata block outside its table", at));
+        }
+        Ok(block)
+    }
+
+    /// Decodes a metadata block without the cache.
+    pub(crate) fn load_meta_block(&self, at: u64, end: u64) -> Result<MetaBlock, ReadError> {
+        let outside = || ReadError::corrupt("metadata block outside its table", at);
+        if at.checked_add(2).is_none_or(|body| body > end) {
+            return Err(outside());
+        }
+        // Most blocks compress to less than this; one read then brings header and body.
+        let mut first = [0u8; 2 + METADATA_SIZE];
+        let take = (end - at).min(first.len() as u64) as usize;
+        self.read_source(&mut first[..take], at)?;
+        let header = u16::from_le_bytes([first[0], first[1]]);
+        let stored = usize::from(header & !METADATA_UNCOMPRESSED);
+        if stored == 0 || stored > METADATA_SIZE {
+            return Err(ReadError::corrupt("metadata block size", at));
+        }
+        let body = first[..take].get(2..2 + stored).ok_or_else(outside)?;
+        let data: Box<[u8]> = if header & METADATA_UNCOMPRESSED != 0 {
+            body.into()
+        } else {
+            let mut decoded = [0u8; METADATA_SIZE];
+            let len = self
+                .decoder
+                .decode(body, &mut decoded)
+                .ok_or_else(|| ReadError::corrupt("metadata block does not decompress", at))?;
+            decoded[..len].into()
+        };
+        if data.is_empty() {
+            return Err(ReadError::corrupt("empty metadata block", at));
+        }
+        Ok(MetaBlock {
+            data,
+            next: at + 2 + stored as u64,
+        })
+    }
+
+    /// Element `index` of the array of 8-byte pointers that starts at `array`.
+    pub(crate) fn pointer(&self, array: u64, index: u64) -> Result<u64, ReadError> {
+        let outside = || ReadError::corrupt("lookup table outside the image", array);
+        let at = index
+            .checked_mul(8)
+            .and_then(|skip| array.checked_add(skip))
+            .filter(|at| at.checked_add(8).is_some_and(|end| end <= self.end))
+            .ok_or_else(outside)?;
+        let skip = at - array;
+        let piece = array + skip / RAW_PIECE * RAW_PIECE;
+        let block = self.meta.get_or_load(piece | RAW, || {
+            let len = (self.end - piece).min(RAW_PIECE) as usize;
+            let mut data = vec![0u8; len].into_boxed_slice();
+            self.read_source(&mut data, piece)?;
+            Ok(MetaBlock {
+                data,
+                next: piece + len as u64,
+            })
+        })?;
+        let from = (at - piece) as usize;
+        let bytes = block.data.get(from..from + 8).ok_or_else(outside)?;
+        Ok(u64::from_le_bytes(bytes.try_into().expect("eight bytes")))
+    }
+
+    pub(crate) fn cursor(
+        &self,
+        region: Region,
+        pos: MetaPos,
+    ) -> Result<MetaCursor<'_, S>, ReadError> {
+        MetaCursor::new(self, region, pos)
+    }
+}
+
+/// Reads forward through a table.
+pub(crate) struct MetaCursor<'a, S> {
+    reader: &'a Reader<S>,
+    region: Region,
+    block: Arc<MetaBlock>,
+    at: u64,
+    offset: usize,
+}
+
+impl<'a, S: ReadAt> MetaCursor<'a, S> {
+    fn new(reader: &'a Reader<S>, region: Region, pos: MetaPos) -> Result<Self, ReadError> {
+        if pos.block < region.start || pos.block >= region.end {
+            return Err(ReadError::corrupt("reference outside its table", pos.block));
+        }
+        let block = reader.meta_block(pos.block, region.end)?;
+        // An offset at the very end of a block means the next block's start.
+        if pos.offset as usize > block.data.len() {
+            return Err(ReadError::corrupt(
+                "reference outside its metadata block",
+                pos.block,
+            ));
+        }
+        Ok(Self {
+            reader,
+            region,
+            block,
+            at: pos.block,
+            offset: pos.offset as usize,
+        })
+    }
+
+    /// Where the next byte is. At the end of a block this may name its end rather than the next block's start.
+    pub(crate) fn pos(&self) -> MetaPos {
+        MetaPos {
+            block: self.at,
+            offset: self.offset as u32,
+        }
+    }
+
+    fn advance(&mut self) -> Result<(), ReadError> {
+        let next = self.block.next;
+        if next >= self.region.end {
+            return Err(ReadError::corrupt("table ends too early", next));
+        }
+        self.block = self.reader.meta_block(next, self.region.end)?;
+        self.at = next;
+        self.offset = 0;
+        Ok(())
+    }
+
+    pub(crate) fn read(&mut self, mut out: &mut [u8]) -> Result<(), ReadError> {
+        while !out.is_empty() {
+            let here = &self.block.data[self.offset..];
+            if here.is_empty() {
+                self.advance()?;
+                continue;
+            }
+            let take = here.len().min(out.len());
+            out[..take].copy_from_slice(&here[..take]);
+            self.offset += take;
+            out = &mut out[take..];
+        }
+        Ok(())
+    }
+
+    pub(crate) fn fields<const N: usize>(&mut self) -> Result<Fields<N>, ReadError> {
+        let mut bytes = [0u8; N];
+        self.read(&mut bytes)?;
+        Ok(Fields(bytes))
+    }
+
+    pub(crate) fn skip(&mut self, mut count: u64) -> Result<(), ReadError> {
+        while count > 0 {
+            let here = (self.block.data.len() - self.offset) as u64;
+            if here == 0 {
+                self.advance()?;
+                continue;
+            }
+            let take = here.min(count);
+            self.offset += take as usize;
+            count -= take;
+        }
+        Ok(())
+    }
+}
+
+/// A few little-endian fields.
+pub(crate) struct Fields<const N: usize>([u8; N]);
+
+impl<const N: usize> Fields<N> {
+    pub(crate) fn u16(&self, at: usize) -> u16 {
+        u16::from_le_bytes(self.0[at..at + 2].try_into().expect("two bytes"))
+    }
+
+    pub(crate) fn u32(&self, at: usize) -> u32 {
+        u32::from_le_bytes(self.0[at..at + 4].try_into().expect("four bytes"))
+    }
+
+    pub(crate) fn u64(&self, at: usize) -> u64 {
+        u64::from_le_bytes(self.0[at..at + 8].try_into().expect("eight bytes"))
+    }
+}
