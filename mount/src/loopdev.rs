@@ -93,7 +93,7 @@ impl<'a> Wanted<'a> {
             return Err(MountError::NotAFile);
         }
         let size = image.data_size;
-        if size == 0 || size % 512 != 0 {
+        if size == 0 || !size.is_multiple_of(512) {
             return Err(MountError::BadSize { size });
         }
         let found = u64::try_from(stat.st_size).unwrap_or(0);
