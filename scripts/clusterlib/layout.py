@@ -61,12 +61,13 @@ class Layout:
                           hint="set BERTH_CLUSTERS to a folder with a shorter path")
         with locked(CLUSTERS / ".ports.lock"):
             nodes = choices["nodes"]
-            base = free_ports(nodes + 2, taken_ports())
-            self.choices = choices | {"slurmctld_port": base, "registry_port": base + 1, "slurmd_port": base + 2}
+            base = free_ports(nodes + 3, taken_ports())
+            self.choices = choices | {"slurmctld_port": base, "registry_port": base + 1, "api_port": base + 2,
+                                      "slurmd_port": base + 3}
             for folder in ("", "bin", "etc", "run", "log", "slurmctld", "slurmd"):
                 self.path(folder).mkdir(mode=0o755, exist_ok=True)
             for folder, uid in (("registry", REGISTRY_UID), ("daemon", DAEMON_UID), ("sealer", SEALER_UID),
-                                ("store", SEALER_UID), ("run/daemon", DAEMON_UID), ("run/sealer", SEALER_UID)):
+                                ("store", SEALER_UID), ("run/daemon", DAEMON_UID), ("run/sealer", SEALER_UID), ("run/node", 0)):
                 self.path(folder).mkdir(mode=0o755, exist_ok=True)
                 os.chown(self.path(folder), uid, uid)
             self.save()
@@ -116,8 +117,7 @@ def taken_ports():
     for cluster in all_clusters():
         with contextlib.suppress(Failure, json.JSONDecodeError, KeyError):
             choices = cluster.load().choices
-            taken.update((choices["slurmctld_port"], choices["registry_port"]))
-            taken.update(range(choices["slurmd_port"], choices["slurmd_port"] + choices["nodes"]))
+            taken.update(range(choices["slurmctld_port"], choices["slurmd_port"] + choices["nodes"]))
     return taken
 
 
