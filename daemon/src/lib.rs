@@ -1,1 +1,3 @@
-//! Placeholder.
+//! The site daemon: resolve, admit, fetch, have images made and sealed, serve.
+
+pub mod seal;
