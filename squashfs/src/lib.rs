@@ -1,7 +1,9 @@
 //! SquashFS 4.0 images with a dm-verity tree: written from a stream, read from anything.
 //!
 //! - [`format`]: the bytes on disk, and nothing else;
-//! - [`compress`]: the compressors an image may use.
+//! - [`compress`]: the compressors an image may use;
+//! - [`read`]: reading an image from any source.
 
 pub mod compress;
 pub mod format;
+pub mod read;

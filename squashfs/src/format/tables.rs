@@ -68,7 +68,7 @@ impl MetaHeader {
 }
 
 /// The u32 that tells how a data or fragment block is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BlockSize(pub u32);
 
 impl BlockSize {

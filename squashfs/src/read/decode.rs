@@ -1,18 +1,17 @@
-//! Decompression of one block, with contexts and buffers that each thread keeps.
+//! Decompression with contexts and buffers that each thread keeps.
 
 use std::cell::RefCell;
 
-use crate::format::Compressor;
+use crate::compress::{CompressError, Compression, Decompressor};
 
-/// Decompresses blocks of one compressor.
+/// Decompresses blocks of one compressor, on any thread.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Decoder(Compressor);
+pub(crate) struct Decoder(Compression);
 
-/// What a thread keeps between blocks; built when first needed.
 #[derive(Default)]
 struct Contexts {
-    zstd: Option<zstd::bulk::Decompressor<'static>>,
-    zlib: Option<flate2::Decompress>,
+    /// One a compressor, made when a thread first needs it.
+    decompressors: Vec<(Compression, Decompressor)>,
     /// Compressed bytes as they were read.
     stored: Vec<u8>,
 }
@@ -22,43 +21,28 @@ thread_local! {
 }
 
 impl Decoder {
-    /// `None` if the compressor is one that is not supported: lzma and lzo, which no current tool chooses, and xz.
-    pub(crate) fn new(compressor: Compressor) -> Option<Self> {
-        match compressor {
-            Compressor::Gzip | Compressor::Zstd | Compressor::Lz4 | Compressor::Xz => {
-                Some(Self(compressor))
-            }
-            Compressor::Lzma | Compressor::Lzo => None,
-        }
+    /// Fails for a compressor that this build cannot read.
+    pub(crate) fn new(compression: Compression) -> Result<Self, CompressError> {
+        Decompressor::new(compression)?;
+        Ok(Self(compression))
     }
 
-    /// Decompresses the whole of `stored` into `out` and says how many bytes that gave; `None` when `stored` is
-    /// damaged, is followed by anything, or gives more than `out` holds.
-    pub(crate) fn decode(self, stored: &[u8], out: &mut [u8]) -> Option<usize> {
-        match self.0 {
-            Compressor::Zstd => with_contexts(|contexts| {
-                let zstd = match &mut contexts.zstd {
-                    Some(zstd) => zstd,
-                    none => none.insert(zstd::bulk::Decompressor::new().ok()?),
-                };
-                zstd.decompress_to_buffer(stored, out).ok()
-            }),
-            Compressor::Gzip => with_contexts(|contexts| {
-                let zlib = contexts
-                    .zlib
-                    .get_or_insert_with(|| flate2::Decompress::new(true));
-                zlib.reset(true);
-                let status = zlib
-                    .decompress(stored, out, flate2::FlushDecompress::Finish)
-                    .ok()?;
-                let whole = status == flate2::Status::StreamEnd
-                    && zlib.total_in() == stored.len() as u64;
-                whole.then_some(zlib.total_out() as usize)
-            }),
-            Compressor::Lz4 => lz4_flex::block::decompress_into(stored, out).ok(),
-            Compressor::Xz => decode_xz(stored, out),
-            Compressor::Lzma | Compressor::Lzo => None,
-        }
+    /// Decompresses one whole block into `out` and gives its length.
+    pub(crate) fn decode(self, stored: &[u8], out: &mut [u8]) -> Result<usize, CompressError> {
+        with_contexts(|contexts| {
+            let all = &mut contexts.decompressors;
+            let found = match all
+                .iter()
+                .position(|(compression, _)| *compression == self.0)
+            {
+                Some(found) => found,
+                None => {
+                    all.push((self.0, Decompressor::new(self.0)?));
+                    all.len() - 1
+                }
+            };
+            all[found].1.decompress(stored, out)
+        })
     }
 }
 

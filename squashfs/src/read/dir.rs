@@ -7,16 +7,12 @@
 
 use super::Reader;
 use super::error::ReadError;
-use super::inode::{Directory, FileType, Inode, InodeKind, InodeRef};
+use super::inode::Inode;
 use super::meta::{MetaCursor, MetaPos};
 use super::source::ReadAt;
-
-/// Longest name in bytes.
-pub const NAME_MAX: usize = 256;
-/// What the stated size of a folder counts for `.` and `..`.
-pub(crate) const DOTS: u32 = 3;
-/// Most entries in one run.
-const RUN_MAX: u32 = 256;
+use crate::format::{
+    self, DirHeader, DirIndex, DirInode, InodeType, MAX_NAME, METADATA_SIZE, MetaRef,
+};
 
 /// One name in a folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,11 +20,11 @@ pub struct DirEntry {
     /// The name: no '/', no NUL, neither `.` nor `..`; any other bytes.
     pub name: Vec<u8>,
     /// Its inode.
-    pub inode: InodeRef,
+    pub inode: MetaRef,
     /// Its inode's number.
     pub number: u32,
-    /// Its inode's type.
-    pub file_type: FileType,
+    /// Its inode's basic type.
+    pub file_type: InodeType,
     /// Position of the entry after this one: give it to [`DirStream::seek`] to go on there.
     pub next: u32,
 }
@@ -37,16 +33,22 @@ pub struct DirEntry {
 pub struct DirStream<'a, S> {
     cursor: Option<MetaCursor<'a, S>>,
     reader: &'a Reader<S>,
-    dir: Directory,
+    dir: DirInode,
+    /// Where the folder's index lies.
+    index: MetaPos,
     /// Bytes of the listing already read.
     at: u32,
     /// Bytes of the whole listing.
     len: u32,
     /// What is left of the current run.
-    run_left: u32,
-    run_block: u32,
-    run_number: u32,
+    run: DirHeader,
 }
+
+const NO_RUN: DirHeader = DirHeader {
+    count: 0,
+    inode_block: 0,
+    inode_number: 0,
+};
 
 impl<S: std::fmt::Debug> std::fmt::Debug for DirStream<'_, S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -60,16 +62,13 @@ impl<S: std::fmt::Debug> std::fmt::Debug for DirStream<'_, S> {
 impl<S: ReadAt> Reader<S> {
     /// Lists a folder from its first entry, in the order of the names' bytes, without `.` and `..`.
     pub fn read_dir(&self, inode: &Inode) -> Result<DirStream<'_, S>, ReadError> {
-        let InodeKind::Directory(dir) = &inode.kind else {
-            return Err(ReadError::NotADirectory);
-        };
-        DirStream::new(self, dir.clone())
+        DirStream::new(self, *inode.as_dir()?, inode.tail)
     }
 
     /// The entry `name` of a folder, if there is one.
-    pub fn lookup(&self, inode: &Inode, name: &[u8]) -> Result<Option<DirEntry>, ReadError> {
+    pub fn find(&self, inode: &Inode, name: &[u8]) -> Result<Option<DirEntry>, ReadError> {
         let mut stream = self.read_dir(inode)?;
-        if !valid_name(name) {
+        if !format::check_name(name) {
             return Ok(None);
         }
         stream.skip_by_index(|_, first| first <= name)?;
@@ -91,17 +90,9 @@ impl<S: ReadAt> Reader<S> {
     }
 }
 
-/// Whether `name` may stand in a folder.
-pub(crate) fn valid_name(name: &[u8]) -> bool {
-    !(name.is_empty() || name.len() > NAME_MAX)
-        && name != b"."
-        && name != b".."
-        && !name.iter().any(|byte| matches!(byte, b'/' | 0))
-}
-
 impl<'a, S: ReadAt> DirStream<'a, S> {
-    fn new(reader: &'a Reader<S>, dir: Directory) -> Result<Self, ReadError> {
-        let len = dir.size.saturating_sub(DOTS);
+    fn new(reader: &'a Reader<S>, dir: DirInode, index: MetaPos) -> Result<Self, ReadError> {
+        let len = dir.listing_len();
         if u64::from(len) > reader.dirs.most_decoded() {
             return Err(ReadError::corrupt("folder size", u64::from(len)));
         }
@@ -113,11 +104,10 @@ impl<'a, S: ReadAt> DirStream<'a, S> {
             cursor,
             reader,
             dir,
+            index,
             at: 0,
             len,
-            run_left: 0,
-            run_block: 0,
-            run_number: 0,
+            run: NO_RUN,
         })
     }
 
@@ -128,64 +118,65 @@ impl<'a, S: ReadAt> DirStream<'a, S> {
 
     /// The next entry, or `None` at the end.
     pub fn next_entry(&mut self) -> Result<Option<DirEntry>, ReadError> {
-        let mut name = Vec::new();
-        let Some(head) = self.next_into(&mut name)? else {
+        let mut buffer = EntryBuffer::default();
+        let Some(entry) = self.next_into(&mut buffer)? else {
             return Ok(None);
         };
         Ok(Some(DirEntry {
-            name,
-            inode: head.inode,
-            number: head.number,
-            file_type: head.file_type,
+            name: entry.name.to_vec(),
+            inode: entry.inode,
+            number: entry.number,
+            file_type: entry.file_type,
             next: self.at,
         }))
     }
 
-    /// Like [`Self::next_entry`], with the name put into `name`: no allocation per entry.
-    pub(crate) fn next_into(&mut self, name: &mut Vec<u8>) -> Result<Option<EntryHead>, ReadError> {
+    /// Like [`Self::next_entry`], with the name in `buffer`: no allocation per entry.
+    pub fn next_into<'b>(
+        &mut self,
+        buffer: &'b mut EntryBuffer,
+    ) -> Result<Option<EntryView<'b>>, ReadError> {
         let Some(cursor) = &mut self.cursor else {
             return Ok(None);
         };
-        let bad = |what| Err(ReadError::corrupt(what, u64::from(self.dir.block)));
-        if self.run_left == 0 {
+        if self.run.count == 0 {
             if self.at >= self.len {
                 return Ok(None);
             }
-            let head = cursor.fields::<12>()?;
-            self.run_left = head.u32(0).saturating_add(1);
-            self.run_block = head.u32(4);
-            self.run_number = head.u32(8);
-            self.at = self.at.saturating_add(12);
-            if self.run_left > RUN_MAX {
-                return bad("run of directory entries");
-            }
+            self.run = DirHeader::decode(&cursor.bytes::<{ DirHeader::LEN }>()?)?;
+            self.at = self.at.saturating_add(DirHeader::LEN as u32);
         }
-        let head = cursor.fields::<8>()?;
-        let name_len = u32::from(head.u16(6)) + 1;
-        self.at = self.at.saturating_add(8 + name_len);
-        if name_len as usize > NAME_MAX || self.at > self.len {
-            return bad("directory entry outside its folder");
+        const FIXED: usize = format::DirEntry::FIXED_LEN;
+        cursor.read(&mut buffer.0[..FIXED])?;
+        let len = format::DirEntry::len_of(&buffer.0[..FIXED])?;
+        self.at = self.at.saturating_add(len as u32);
+        if self.at > self.len {
+            return Err(ReadError::corrupt(
+                "directory entry outside its folder",
+                u64::from(self.dir.block),
+            ));
         }
-        name.resize(name_len as usize, 0);
-        cursor.read(name)?;
-        if !valid_name(name) {
-            return bad("name in a folder");
-        }
-        self.run_left -= 1;
-        let Some(file_type) = FileType::from_basic(head.u16(4)) else {
-            return bad("type of a directory entry");
-        };
-        Ok(Some(EntryHead {
-            inode: InodeRef::new(self.run_block, head.u16(0)),
-            number: self.run_number.wrapping_add_signed(i32::from(head.u16(2) as i16)),
-            file_type,
+        cursor.read(&mut buffer.0[FIXED..len])?;
+        let entry = format::DirEntry::decode(&buffer.0[..len])?;
+        self.run.count -= 1;
+        Ok(Some(EntryView {
+            name: entry.name,
+            inode: MetaRef {
+                block: u64::from(self.run.inode_block),
+                offset: entry.inode_offset,
+            },
+            number: self
+                .run
+                .inode_number
+                .wrapping_add_signed(i32::from(entry.inode_delta)),
+            file_type: entry.kind,
         }))
     }
 
     /// Goes to the first entry at or after `position`, a value of [`DirEntry::next`] or 0.
     pub fn seek(&mut self, position: u32) -> Result<(), ReadError> {
         if position < self.at {
-            *self = Self::new(self.reader, self.dir.clone())?;
+            *self = Self::new(self.reader, self.dir, self.index)?;
         }
         if position >= self.len {
             self.at = self.len;
@@ -193,9 +184,9 @@ impl<'a, S: ReadAt> DirStream<'a, S> {
             return Ok(());
         }
         self.skip_by_index(|start, _| start <= position)?;
-        let mut name = Vec::new();
+        let mut buffer = EntryBuffer::default();
         while self.at < position {
-            if self.next_into(&mut name)?.is_none() {
+            if self.next_into(&mut buffer)?.is_none() {
                 break;
             }
         }
@@ -207,38 +198,50 @@ impl<'a, S: ReadAt> DirStream<'a, S> {
         if self.dir.index_count == 0 || self.cursor.is_none() {
             return Ok(());
         }
-        let mut index = self.reader.cursor(self.reader.inodes, self.dir.tail)?;
+        let mut index = self.reader.cursor(self.reader.inodes, self.index)?;
         let mut found = None;
-        let mut name = [0u8; NAME_MAX];
+        let mut bytes = [0u8; DirIndex::FIXED_LEN + MAX_NAME];
         for _ in 0..self.dir.index_count {
-            let head = index.fields::<12>()?;
-            let (position, block) = (head.u32(0), head.u32(4));
-            let name_len = head.u32(8).saturating_add(1) as usize;
-            let Some(name) = name.get_mut(..name_len) else {
-                return Err(ReadError::corrupt("name in a folder's index", u64::from(block)));
-            };
-            index.read(name)?;
-            if position >= self.len || !before(position, name) {
+            index.read(&mut bytes[..DirIndex::FIXED_LEN])?;
+            let len = DirIndex::len_of(&bytes[..DirIndex::FIXED_LEN])?;
+            index.read(&mut bytes[DirIndex::FIXED_LEN..len])?;
+            let record = DirIndex::decode(&bytes[..len])?;
+            if record.listing_offset >= self.len || !before(record.listing_offset, record.name) {
                 break;
             }
-            found = Some((position, block));
+            found = Some((record.listing_offset, record.block));
         }
         if let Some((position, block)) = found.filter(|(position, _)| *position > self.at) {
             // The run lies in that block, as far in as the listing's start and its own position say.
-            let offset = (u64::from(self.dir.offset) + u64::from(position)) % 8192;
+            let offset = (u64::from(self.dir.offset) + u64::from(position)) % METADATA_SIZE as u64;
             let pos = self.reader.dir_pos(block, offset as u16);
             self.cursor = Some(self.reader.cursor(self.reader.dirs, pos)?);
             self.at = position;
-            self.run_left = 0;
+            self.run = NO_RUN;
         }
         Ok(())
     }
 }
 
-/// An entry without its name.
+/// Room for one entry's bytes.
+#[derive(Debug)]
+pub struct EntryBuffer([u8; format::DirEntry::FIXED_LEN + MAX_NAME]);
+
+impl Default for EntryBuffer {
+    fn default() -> Self {
+        Self([0; format::DirEntry::FIXED_LEN + MAX_NAME])
+    }
+}
+
+/// A [`DirEntry`] whose name lies in an [`EntryBuffer`]; its `next` is [`DirStream::position`].
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct EntryHead {
-    pub(crate) inode: InodeRef,
-    pub(crate) number: u32,
-    pub(crate) file_type: FileType,
+pub struct EntryView<'b> {
+    /// The name.
+    pub name: &'b [u8],
+    /// Its inode.
+    pub inode: MetaRef,
+    /// Its inode's number.
+    pub number: u32,
+    /// Its inode's basic type.
+    pub file_type: InodeType,
 }

@@ -3,11 +3,14 @@
 use std::io;
 use std::sync::Arc;
 
+use crate::compress::CompressError;
+use crate::format::FormatError;
+
 /// A failed read. Cheap to clone: every reader that waited for one block gets the same answer.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ReadError {
     /// The source failed.
-    #[error("cannot read {len} bytes at {offset}: {source}")]
+    #[error("cannot read {len} bytes at {offset}")]
     Io {
         /// Byte offset in the image file.
         offset: u64,
@@ -16,19 +19,19 @@ pub enum ReadError {
         /// What the source said.
         source: Arc<io::Error>,
     },
-    /// The first bytes are not a SquashFS superblock.
-    #[error("not a squashfs image")]
-    NotSquashfs,
-    /// A valid image that this reader does not know.
-    #[error("unsupported {what} {value}")]
-    Unsupported {
-        /// Which field.
-        what: &'static str,
-        /// Its value.
-        value: u64,
+    /// A record is not as the format has it.
+    #[error("corrupt image")]
+    Format(#[from] FormatError),
+    /// A compressor this build does not have, or a block at this offset that it cannot decompress.
+    #[error("block at {at:#x}")]
+    Compress {
+        /// Byte offset in the image file.
+        at: u64,
+        /// Why.
+        source: CompressError,
     },
-    /// The image breaks the format.
-    #[error("corrupt image: {what} at {at:#x}")]
+    /// Records that contradict each other or the image's size.
+    #[error("corrupt image: {what} ({at:#x})")]
     Corrupt {
         /// Which rule is broken.
         what: &'static str,

@@ -6,26 +6,18 @@ use super::Reader;
 use super::cache::Weigh;
 use super::decode::with_buffer;
 use super::error::ReadError;
-use super::inode::{Inode, InodeKind, Regular};
+use super::inode::Inode;
 use super::meta::{MetaCursor, MetaPos};
 use super::source::ReadAt;
-use crate::format::{BLOCK_UNCOMPRESSED, FRAGMENTS_PER_BLOCK, FRAGMENT_ENTRY_SIZE};
+use crate::format::{BlockSize, FileInode, FragmentEntry, NO_FRAGMENT};
 
-/// A stored block of the data area: where, and its size word (length and "uncompressed" bit).
+/// A stored block of the data area.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Stored {
+    /// Byte offset in the image.
     pub(crate) at: u64,
-    pub(crate) word: u32,
-}
-
-impl Stored {
-    pub(crate) fn len(self) -> u32 {
-        self.word & !BLOCK_UNCOMPRESSED
-    }
-
-    pub(crate) fn is_raw(self) -> bool {
-        self.word & BLOCK_UNCOMPRESSED != 0
-    }
+    /// Its length and whether it is compressed.
+    pub(crate) size: BlockSize,
 }
 
 /// A decoded data or fragment block.
@@ -55,30 +47,27 @@ impl<S: ReadAt> Reader<S> {
     /// Reads contents of a regular file from byte `offset` on into `buf`. Gives the number of bytes read: all of
     /// `buf`, or less at the file's end.
     pub fn read(&self, inode: &Inode, offset: u64, buf: &mut [u8]) -> Result<usize, ReadError> {
-        let InodeKind::Regular(file) = &inode.kind else {
-            return Err(ReadError::NotAFile);
-        };
+        let file = inode.as_file()?;
         if offset >= file.size || buf.is_empty() {
             return Ok(0);
         }
         let want = (file.size - offset).min(buf.len() as u64) as usize;
         let buf = &mut buf[..want];
-        let log = self.superblock.block_log;
-        let block_size = 1u64 << log;
-        let full_blocks = self.block_count(file);
+        let block_size = u64::from(self.superblock.block_size);
+        let blocks = file.block_count(self.superblock.block_size);
         let mut done = 0;
-        let mut number = offset >> log;
-        let mut list = match number < full_blocks {
-            true => Some(self.block_list(file, number)?),
+        let mut number = offset / block_size;
+        let mut list = match number < blocks {
+            true => Some(self.block_list(file, inode.tail, number)?),
             false => None,
         };
         while done < want {
-            let within = ((offset + done as u64) & (block_size - 1)) as usize;
-            let here = (file.size - (number << log)).min(block_size) as usize;
+            let within = ((offset + done as u64) % block_size) as usize;
+            let here = (file.size - number * block_size).min(block_size) as usize;
             let take = (here - within).min(want - done);
             let out = &mut buf[done..done + take];
             match &mut list {
-                Some(list) if number < full_blocks => {
+                Some(list) if number < blocks => {
                     let stored = list.next_block()?;
                     self.read_block(stored, here, within, out)?;
                 }
@@ -90,15 +79,6 @@ impl<S: ReadAt> Reader<S> {
         Ok(want)
     }
 
-    /// Blocks in the file's list; what is left over lies in a fragment.
-    pub(crate) fn block_count(&self, file: &Regular) -> u64 {
-        let log = self.superblock.block_log;
-        match file.fragment {
-            Some(_) => file.size >> log,
-            None => file.size.div_ceil(1 << log),
-        }
-    }
-
     fn read_block(
         &self,
         stored: Stored,
@@ -106,19 +86,21 @@ impl<S: ReadAt> Reader<S> {
         within: usize,
         out: &mut [u8],
     ) -> Result<(), ReadError> {
-        if stored.word == 0 {
+        if stored.size.is_hole() {
             out.fill(0);
             return Ok(());
         }
         if out.len() == len {
-            return self
-                .data
-                .load_into(stored, out, |out| match self.decode_data(stored, out)? {
+            return self.data.load_into(
+                stored,
+                out,
+                |out| match self.decode_data(stored, out)? {
                     decoded if decoded == len => Ok(()),
                     _ => Err(ReadError::corrupt("length of a data block", stored.at)),
-                }, |out| DataBlock((&*out).into()), |block, out| {
-                    copy_from(&block.0, 0, out, stored.at)
-                });
+                },
+                |out| DataBlock(out.into()),
+                |block, out| copy_from(&block.0, 0, out, stored.at),
+            );
         }
         let block = self.data_block(stored, len)?;
         if block.0.len() != len {
@@ -129,17 +111,20 @@ impl<S: ReadAt> Reader<S> {
 
     fn read_tail(
         &self,
-        file: &Regular,
+        file: &FileInode,
         len: usize,
         within: usize,
         out: &mut [u8],
     ) -> Result<(), ReadError> {
-        let Some((index, offset)) = file.fragment else {
-            return Err(ReadError::corrupt("file longer than its blocks", file.start));
-        };
-        let stored = self.fragment(index)?;
-        let block = self.data_block(stored, 1 << self.superblock.block_log)?;
-        let from = offset as usize;
+        if file.fragment == NO_FRAGMENT {
+            return Err(ReadError::corrupt(
+                "file longer than its blocks",
+                file.start,
+            ));
+        }
+        let stored = self.fragment(file.fragment)?;
+        let block = self.data_block(stored, self.superblock.block_size as usize)?;
+        let from = file.fragment_offset as usize;
         if from.checked_add(len).is_none_or(|end| end > block.0.len()) {
             return Err(ReadError::corrupt("tail outside its fragment", stored.at));
         }
@@ -148,28 +133,22 @@ impl<S: ReadAt> Reader<S> {
 
     /// Where fragment block `index` is stored.
     pub(crate) fn fragment(&self, index: u32) -> Result<Stored, ReadError> {
-        let Some(table) = self.superblock.fragment_table_start.filter(|_| index < self.superblock.fragment_count)
-        else {
+        let table = self
+            .fragments
+            .filter(|_| index < self.superblock.fragment_count);
+        let Some(table) = table else {
             return Err(ReadError::corrupt("fragment index", u64::from(index)));
         };
-        let (piece, rest) = (index / FRAGMENTS_PER_BLOCK, index % FRAGMENTS_PER_BLOCK);
-        let block = self.pointer(table, u64::from(piece))?;
-        let mut cursor = self.cursor(
-            self.lookup_region(table),
-            MetaPos {
-                block,
-                offset: rest * FRAGMENT_ENTRY_SIZE,
-            },
+        let entry = FragmentEntry::decode(
+            &self.lookup::<{ FragmentEntry::LEN }>(table, u64::from(index))?,
         )?;
-        let entry = cursor.fields::<16>()?;
-        let stored = Stored {
-            at: entry.u64(0),
-            word: entry.u32(8),
-        };
-        if stored.len() == 0 {
-            return Err(ReadError::corrupt("empty fragment block", stored.at));
+        if entry.size.is_hole() {
+            return Err(ReadError::corrupt("empty fragment block", entry.start));
         }
-        Ok(stored)
+        Ok(Stored {
+            at: entry.start,
+            size: entry.size,
+        })
     }
 
     fn data_block(&self, stored: Stored, most: usize) -> Result<Arc<DataBlock>, ReadError> {
@@ -183,12 +162,15 @@ impl<S: ReadAt> Reader<S> {
 
     /// Decodes a stored block into `out` without the cache; gives its decoded length.
     pub(crate) fn decode_data(&self, stored: Stored, out: &mut [u8]) -> Result<usize, ReadError> {
-        let len = stored.len() as usize;
+        let len = stored.size.check(self.superblock.block_size)?.stored() as usize;
         let end = stored.at.checked_add(len as u64);
-        if len == 0 || len > 1 << self.superblock.block_log || end.is_none_or(|end| end > self.end) {
-            return Err(ReadError::corrupt("data block outside the image", stored.at));
+        if len == 0 || end.is_none_or(|end| end > self.end) {
+            return Err(ReadError::corrupt(
+                "data block outside the image",
+                stored.at,
+            ));
         }
-        if stored.is_raw() {
+        if !stored.size.compressed() {
             let out = out
                 .get_mut(..len)
                 .ok_or_else(|| ReadError::corrupt("length of a data block", stored.at))?;
@@ -199,22 +181,26 @@ impl<S: ReadAt> Reader<S> {
             self.read_source(buffer, stored.at)?;
             self.decoder
                 .decode(buffer, out)
-                .ok_or_else(|| ReadError::corrupt("data block does not decompress", stored.at))
+                .map_err(|source| ReadError::Compress {
+                    at: stored.at,
+                    source,
+                })
         })
     }
 
     /// The file's block list from block `first` on.
     pub(crate) fn block_list(
         &self,
-        file: &Regular,
+        file: &FileInode,
+        tail: MetaPos,
         first: u64,
     ) -> Result<BlockList<'_, S>, ReadError> {
         let (pos, data, from) = if first < STRIDE {
-            (file.tail, file.start, 0)
+            (tail, file.start, 0)
         } else {
             let index = self
                 .file_indexes
-                .get_or_load(file.tail, || self.index_file(file))?;
+                .get_or_load(tail, || self.index_file(file, tail))?;
             let stop = first / STRIDE;
             let (pos, data) = *index
                 .0
@@ -225,7 +211,7 @@ impl<S: ReadAt> Reader<S> {
         let mut list = BlockList {
             cursor: self.cursor(self.inodes, pos)?,
             at: data,
-            most: 1 << self.superblock.block_log,
+            block_size: self.superblock.block_size,
         };
         for _ in from..first {
             list.next_block()?;
@@ -233,13 +219,13 @@ impl<S: ReadAt> Reader<S> {
         Ok(list)
     }
 
-    fn index_file(&self, file: &Regular) -> Result<FileIndex, ReadError> {
+    fn index_file(&self, file: &FileInode, tail: MetaPos) -> Result<FileIndex, ReadError> {
         let mut list = BlockList {
-            cursor: self.cursor(self.inodes, file.tail)?,
+            cursor: self.cursor(self.inodes, tail)?,
             at: file.start,
-            most: 1 << self.superblock.block_log,
+            block_size: self.superblock.block_size,
         };
-        let blocks = self.block_count(file);
+        let blocks = file.block_count(self.superblock.block_size);
         let mut stops = Vec::new();
         for number in 0..blocks {
             if number % STRIDE == 0 {
@@ -255,22 +241,17 @@ impl<S: ReadAt> Reader<S> {
 pub(crate) struct BlockList<'a, S> {
     cursor: MetaCursor<'a, S>,
     at: u64,
-    most: u32,
+    block_size: u32,
 }
 
 impl<S: ReadAt> BlockList<'_, S> {
     /// The next block; its size word is 0 for a hole.
     pub(crate) fn next_block(&mut self) -> Result<Stored, ReadError> {
-        let stored = Stored {
-            at: self.at,
-            word: self.cursor.fields::<4>()?.u32(0),
-        };
-        if stored.len() > self.most || stored.word == BLOCK_UNCOMPRESSED {
-            return Err(ReadError::corrupt("size of a data block", stored.at));
-        }
+        let size = BlockSize(u32::from_le_bytes(self.cursor.bytes()?)).check(self.block_size)?;
+        let stored = Stored { at: self.at, size };
         self.at = self
             .at
-            .checked_add(u64::from(stored.len()))
+            .checked_add(u64::from(size.stored()))
             .ok_or_else(|| ReadError::corrupt("place of a data block", stored.at))?;
         Ok(stored)
     }

@@ -10,7 +10,7 @@ use super::Reader;
 use super::cache::Weigh;
 use super::error::ReadError;
 use super::source::ReadAt;
-use crate::format::{METADATA_SIZE, METADATA_UNCOMPRESSED};
+use crate::format::{METADATA_SIZE, MetaHeader};
 
 /// Where a table's metadata blocks lie in the file: `start..end`, absolute bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +35,15 @@ impl Region {
 pub(crate) struct MetaPos {
     pub(crate) block: u64,
     pub(crate) offset: u32,
+}
+
+/// A table of records of one length: metadata blocks and the list of their offsets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LookupTable {
+    /// Where its metadata blocks may lie.
+    pub(crate) blocks: Region,
+    /// Where the list of their offsets starts.
+    pub(crate) list: u64,
 }
 
 /// One decoded metadata block, or a raw piece of a pointer array.
@@ -78,21 +87,18 @@ impl<S: ReadAt> Reader<S> {
         let mut first = [0u8; 2 + METADATA_SIZE];
         let take = (end - at).min(first.len() as u64) as usize;
         self.read_source(&mut first[..take], at)?;
-        let header = u16::from_le_bytes([first[0], first[1]]);
-        let stored = usize::from(header & !METADATA_UNCOMPRESSED);
-        if stored == 0 || stored > METADATA_SIZE {
-            return Err(ReadError::corrupt("metadata block size", at));
-        }
+        let header = MetaHeader::from_raw(u16::from_le_bytes([first[0], first[1]]))?;
+        let stored = usize::from(header.size);
         let body = first[..take].get(2..2 + stored).ok_or_else(outside)?;
-        let data: Box<[u8]> = if header & METADATA_UNCOMPRESSED != 0 {
-            body.into()
-        } else {
+        let data: Box<[u8]> = if header.compressed {
             let mut decoded = [0u8; METADATA_SIZE];
             let len = self
                 .decoder
                 .decode(body, &mut decoded)
-                .ok_or_else(|| ReadError::corrupt("metadata block does not decompress", at))?;
+                .map_err(|source| ReadError::Compress { at, source })?;
             decoded[..len].into()
+        } else {
+            body.into()
         };
         if data.is_empty() {
             return Err(ReadError::corrupt("empty metadata block", at));
@@ -103,16 +109,29 @@ impl<S: ReadAt> Reader<S> {
         })
     }
 
-    /// Element `index` of the array of 8-byte pointers that starts at `array`.
-    pub(crate) fn pointer(&self, array: u64, index: u64) -> Result<u64, ReadError> {
-        let outside = || ReadError::corrupt("lookup table outside the image", array);
+    /// Record `index` of a lookup table: `N` bytes, as many in each metadata block as fit.
+    pub(crate) fn lookup<const N: usize>(
+        &self,
+        table: LookupTable,
+        index: u64,
+    ) -> Result<[u8; N], ReadError> {
+        let per_block = (METADATA_SIZE / N) as u64;
+        let pos = MetaPos {
+            block: self.pointer(table.list, index / per_block)?,
+            offset: (index % per_block) as u32 * N as u32,
+        };
+        self.cursor(table.blocks, pos)?.bytes()
+    }
+
+    /// Element `index` of the list of block offsets that starts at `list`.
+    pub(crate) fn pointer(&self, list: u64, index: u64) -> Result<u64, ReadError> {
+        let outside = || ReadError::corrupt("lookup table outside the image", list);
         let at = index
             .checked_mul(8)
-            .and_then(|skip| array.checked_add(skip))
+            .and_then(|skip| list.checked_add(skip))
             .filter(|at| at.checked_add(8).is_some_and(|end| end <= self.end))
             .ok_or_else(outside)?;
-        let skip = at - array;
-        let piece = array + skip / RAW_PIECE * RAW_PIECE;
+        let piece = list + (at - list) / RAW_PIECE * RAW_PIECE;
         let block = self.meta.get_or_load(piece | RAW, || {
             let len = (self.end - piece).min(RAW_PIECE) as usize;
             let mut data = vec![0u8; len].into_boxed_slice();
@@ -201,10 +220,11 @@ impl<'a, S: ReadAt> MetaCursor<'a, S> {
         Ok(())
     }
 
-    pub(crate) fn fields<const N: usize>(&mut self) -> Result<Fields<N>, ReadError> {
+    /// The next `N` bytes.
+    pub(crate) fn bytes<const N: usize>(&mut self) -> Result<[u8; N], ReadError> {
         let mut bytes = [0u8; N];
         self.read(&mut bytes)?;
-        Ok(Fields(bytes))
+        Ok(bytes)
     }
 
     pub(crate) fn skip(&mut self, mut count: u64) -> Result<(), ReadError> {
@@ -219,22 +239,5 @@ impl<'a, S: ReadAt> MetaCursor<'a, S> {
             count -= take;
         }
         Ok(())
-    }
-}
-
-/// A few little-endian fields.
-pub(crate) struct Fields<const N: usize>([u8; N]);
-
-impl<const N: usize> Fields<N> {
-    pub(crate) fn u16(&self, at: usize) -> u16 {
-        u16::from_le_bytes(self.0[at..at + 2].try_into().expect("two bytes"))
-    }
-
-    pub(crate) fn u32(&self, at: usize) -> u32 {
-        u32::from_le_bytes(self.0[at..at + 4].try_into().expect("four bytes"))
-    }
-
-    pub(crate) fn u64(&self, at: usize) -> u64 {
-        u64::from_le_bytes(self.0[at..at + 8].try_into().expect("eight bytes"))
     }
 }

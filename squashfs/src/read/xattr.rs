@@ -3,9 +3,9 @@
 use super::Reader;
 use super::error::ReadError;
 use super::inode::Inode;
-use super::meta::{Fields, MetaCursor, MetaPos, Region};
+use super::meta::{LookupTable, MetaCursor, MetaPos, Region};
 use super::source::ReadAt;
-use crate::format::METADATA_SIZE;
+use crate::format::{MetaRef, XattrEntry, XattrId};
 
 /// Longest list of names the kernel passes on (XATTR_LIST_MAX).
 const LIST_MAX: usize = 65536;
@@ -13,38 +13,16 @@ const LIST_MAX: usize = 65536;
 pub(crate) const VALUE_MAX: u32 = 65536;
 /// Longest name (XATTR_NAME_MAX).
 pub(crate) const XATTR_NAME_MAX: usize = 255;
-/// The value is a reference to where it is stored.
-pub(crate) const OUT_OF_LINE: u16 = 0x100;
-const SET_ENTRY_SIZE: u32 = 16;
-const SETS_PER_BLOCK: u32 = METADATA_SIZE as u32 / SET_ENTRY_SIZE;
 
 /// The xattr tables of an image that has them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct XattrTable {
     /// Names and values.
     pub(crate) pairs: Region,
+    /// The sets.
+    pub(crate) sets: LookupTable,
     /// Number of sets.
     pub(crate) count: u32,
-    /// Where the array of pointers to the set table's blocks starts.
-    pub(crate) pointers: u64,
-}
-
-/// Where a set lies.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct XattrSet {
-    pub(crate) start: MetaPos,
-    pub(crate) count: u32,
-    pub(crate) size: u32,
-}
-
-/// The namespace in front of a name.
-pub(crate) fn prefix(kind: u16) -> Option<&'static [u8]> {
-    match kind & !OUT_OF_LINE {
-        0 => Some(b"user."),
-        1 => Some(b"trusted."),
-        2 => Some(b"security."),
-        _ => None,
-    }
 }
 
 impl<S: ReadAt> Reader<S> {
@@ -56,7 +34,7 @@ impl<S: ReadAt> Reader<S> {
             while let Some(name) = pairs.next_name()? {
                 total += name.len() + 1;
                 if total > LIST_MAX {
-                    return Err(ReadError::corrupt("list of xattrs", inode.reference.0));
+                    return Err(ReadError::corrupt("list of xattrs", inode.reference.to_raw()));
                 }
                 pairs.skip_value()?;
                 names.push(name);
@@ -89,42 +67,26 @@ impl<S: ReadAt> Reader<S> {
         self.pairs_of(table, set).map(Some)
     }
 
-    pub(crate) fn xattr_set(&self, table: XattrTable, index: u32) -> Result<XattrSet, ReadError> {
+    pub(crate) fn xattr_set(&self, table: XattrTable, index: u32) -> Result<XattrId, ReadError> {
         if index >= table.count {
             return Err(ReadError::corrupt("xattr index", u64::from(index)));
         }
-        let block = self.pointer(table.pointers, u64::from(index / SETS_PER_BLOCK))?;
-        let region = Region {
-            start: table.pairs.start,
-            end: table.pointers,
-        };
-        let mut cursor = self.cursor(
-            region,
-            MetaPos {
-                block,
-                offset: index % SETS_PER_BLOCK * SET_ENTRY_SIZE,
-            },
-        )?;
-        let entry = cursor.fields::<16>()?;
-        Ok(XattrSet {
-            start: pair_pos(table, entry.u64(0))?,
-            count: entry.u32(8),
-            size: entry.u32(12),
-        })
+        let bytes = self.lookup::<{ XattrId::LEN }>(table.sets, u64::from(index))?;
+        Ok(XattrId::decode(&bytes)?)
     }
 
     pub(crate) fn pairs_of(
         &self,
         table: XattrTable,
-        set: XattrSet,
+        set: XattrId,
     ) -> Result<XattrPairs<'_, S>, ReadError> {
         // The shortest pair is a head, a name of one byte and a value's length: more than fit in a full list of
         // names is a lie that would cost time.
         if set.count as usize > LIST_MAX / 2 {
-            return Err(ReadError::corrupt("count of xattrs", set.start.block));
+            return Err(ReadError::corrupt("count of xattrs", u64::from(set.count)));
         }
         Ok(XattrPairs {
-            cursor: self.cursor(table.pairs, set.start)?,
+            cursor: self.cursor(table.pairs, pair_pos(table, set.start)?)?,
             reader: self,
             table,
             left: set.count,
@@ -133,15 +95,15 @@ impl<S: ReadAt> Reader<S> {
     }
 }
 
-fn pair_pos(table: XattrTable, reference: u64) -> Result<MetaPos, ReadError> {
+fn pair_pos(table: XattrTable, reference: MetaRef) -> Result<MetaPos, ReadError> {
     let block = table
         .pairs
         .start
-        .checked_add(reference >> 16)
-        .ok_or_else(|| ReadError::corrupt("xattr reference", reference))?;
+        .checked_add(reference.block)
+        .ok_or_else(|| ReadError::corrupt("xattr reference", reference.to_raw()))?;
     Ok(MetaPos {
         block,
-        offset: (reference & 0xffff) as u32,
+        offset: u32::from(reference.offset),
     })
 }
 
@@ -161,20 +123,17 @@ impl<S: ReadAt> XattrPairs<'_, S> {
             return Ok(None);
         }
         self.left -= 1;
-        let head: Fields<4> = self.cursor.fields()?;
-        let corrupt = |what| ReadError::corrupt(what, u64::from(head.u16(0)));
-        let kind = head.u16(0);
-        let prefix = prefix(kind).ok_or_else(|| corrupt("xattr namespace"))?;
-        self.out_of_line = kind & OUT_OF_LINE != 0;
-        let len = usize::from(head.u16(2));
-        if len == 0 || prefix.len() + len > XATTR_NAME_MAX {
-            return Err(corrupt("xattr name length"));
+        let entry = XattrEntry::decode(&self.cursor.bytes::<{ XattrEntry::LEN }>()?)?;
+        self.out_of_line = entry.out_of_line;
+        let mut name = entry.prefix.as_bytes().to_vec();
+        let (prefix, len) = (name.len(), usize::from(entry.name_len));
+        if len == 0 || prefix + len > XATTR_NAME_MAX {
+            return Err(ReadError::corrupt("xattr name length", len as u64));
         }
-        let mut name = prefix.to_vec();
-        name.resize(prefix.len() + len, 0);
-        self.cursor.read(&mut name[prefix.len()..])?;
+        name.resize(prefix + len, 0);
+        self.cursor.read(&mut name[prefix..])?;
         if name.contains(&0) {
-            return Err(corrupt("NUL in an xattr name"));
+            return Err(ReadError::corrupt("NUL in an xattr name", 0));
         }
         Ok(Some(name))
     }
@@ -194,11 +153,11 @@ impl<S: ReadAt> XattrPairs<'_, S> {
         if len != 8 {
             return Err(ReadError::corrupt("xattr value reference", u64::from(len)));
         }
-        let reference = self.cursor.fields::<8>()?.u64(0);
+        let reference = MetaRef::from_raw(u64::from_le_bytes(self.cursor.bytes()?))?;
         let mut away = self
             .reader
             .cursor(self.table.pairs, pair_pos(self.table, reference)?)?;
-        let len = away.fields::<4>()?.u32(0);
+        let len = u32::from_le_bytes(away.bytes()?);
         if len > VALUE_MAX {
             return Err(ReadError::corrupt("xattr value length", u64::from(len)));
         }
@@ -208,7 +167,7 @@ impl<S: ReadAt> XattrPairs<'_, S> {
     }
 
     fn value_len(&mut self) -> Result<u32, ReadError> {
-        let len = self.cursor.fields::<4>()?.u32(0);
+        let len = u32::from_le_bytes(self.cursor.bytes()?);
         if len > VALUE_MAX {
             return Err(ReadError::corrupt("xattr value length", u64::from(len)));
         }
