@@ -1,0 +1,240 @@
+//! Opens paths that a user named, with that user's rights and nothing else.
+//!
+//! A forked child becomes the user for good, closes every descriptor but its socket, and opens what it is asked to;
+//! descriptors come back over the socket. Magic links (`/proc/self/fd/N`, `/proc/self/root`) are never followed, so a
+//! path leads nowhere that the user could not go. Each open has a deadline: a dead filesystem costs an error, not a
+//! hang. The child lives in the mount namespace that its parent had when it was started.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
+use thiserror::Error;
+
+use crate::channel::Channel;
+use crate::sys::{self, Child};
+use crate::user::User;
+
+/// How long one path may take to open.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the child may live at all.
+const LIFETIME_SECONDS: u32 = 120;
+/// Longest path, as the kernel has it (`PATH_MAX`).
+const LONGEST: usize = 4096;
+/// Largest file that is read through the child.
+const LARGEST: usize = 48 << 10;
+
+/// Why a path was not opened.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// The system refused.
+    #[error("{0}")]
+    Refused(#[source] io::Error),
+    /// The filesystem did not answer in time.
+    #[error("its filesystem did not answer within {} s", PATIENCE.as_secs())]
+    Slow,
+    /// The child ended, or could not be started.
+    #[error("the process that opens it as the user ended: {0}")]
+    Ended(#[source] io::Error),
+}
+
+impl OpenError {
+    /// Whether there is nothing of that name.
+    pub fn is_absent(&self) -> bool {
+        match self {
+            OpenError::Refused(e) => e.kind() == io::ErrorKind::NotFound,
+            _ => false,
+        }
+    }
+}
+
+/// What to do with a path.
+#[derive(Clone, Copy, Debug)]
+enum Ask {
+    /// An `O_PATH` descriptor.
+    Place = b'p' as isize,
+    /// The same for a folder that the user may make the working directory.
+    Enter = b'e' as isize,
+    /// The content of a small file.
+    Read = b'r' as isize,
+}
+
+/// The child, seen from its parent.
+#[derive(Debug)]
+pub(crate) struct Opener {
+    channel: Channel,
+    _child: Child,
+    dead: bool,
+}
+
+impl Opener {
+    /// Starts the child in this process's mount namespace.
+    pub(crate) fn start(user: &User) -> io::Result<Opener> {
+        let (ours, theirs) = Channel::pair()?;
+        let child = sys::fork(|| match serve(user, &theirs) {
+            Ok(()) => 0,
+            Err(_) => 1,
+        })?;
+        Ok(Opener {
+            channel: ours,
+            _child: child,
+            dead: false,
+        })
+    }
+
+    /// Opens each path, whatever it is, for use as a place (`O_PATH`). Answers come in the order of the questions.
+    pub(crate) fn places(&mut self, paths: &[&Path]) -> Vec<Result<OwnedFd, OpenError>> {
+        let sent: Vec<_> = paths.iter().map(|p| self.send(Ask::Place, p)).collect();
+        sent.into_iter()
+            .map(|sent| sent.and_then(|()| self.answer()).and_then(Answer::descriptor))
+            .collect()
+    }
+
+    /// A folder in which the user may be.
+    pub(crate) fn enter(&mut self, path: &Path) -> Result<OwnedFd, OpenError> {
+        self.send(Ask::Enter, path)?;
+        self.answer()?.descriptor()
+    }
+
+    /// The content of a regular file of at most 48 KiB.
+    pub(crate) fn read(&mut self, path: &Path) -> Result<Vec<u8>, OpenError> {
+        self.send(Ask::Read, path)?;
+        Ok(self.answer()?.bytes)
+    }
+
+    fn send(&mut self, ask: Ask, path: &Path) -> Result<(), OpenError> {
+        let path = path.as_os_str().as_bytes();
+        if path.len() >= LONGEST || path.contains(&0) {
+            return Err(OpenError::Refused(Errno::NAMETOOLONG.into()));
+        }
+        if self.dead {
+            return Err(OpenError::Slow);
+        }
+        let mut packet = Vec::with_capacity(path.len() + 1);
+        packet.push(ask as u8);
+        packet.extend_from_slice(path);
+        self.channel
+            .send_wait(&packet, &[])
+            .map_err(OpenError::Ended)
+    }
+
+    fn answer(&mut self) -> Result<Answer, OpenError> {
+        if self.dead {
+            return Err(OpenError::Slow);
+        }
+        let packet = match self.channel.receive_until(Instant::now() + PATIENCE) {
+            Ok(Some(packet)) => packet,
+            Ok(None) => return Err(OpenError::Ended(io::ErrorKind::UnexpectedEof.into())),
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                self.dead = true;
+                return Err(OpenError::Slow);
+            }
+            Err(e) => return Err(OpenError::Ended(e)),
+        };
+        let Some((errno, rest)) = packet.bytes.split_first_chunk::<4>() else {
+            return Err(OpenError::Ended(io::ErrorKind::InvalidData.into()));
+        };
+        match i32::from_le_bytes(*errno) {
+            0 => Ok(Answer {
+                bytes: rest.to_vec(),
+                descriptor: packet.descriptors.into_iter().next(),
+            }),
+            errno => Err(OpenError::Refused(io::Error::from_raw_os_error(errno))),
+        }
+    }
+}
+
+/// A good answer of the child's.
+struct Answer {
+    bytes: Vec<u8>,
+    descriptor: Option<OwnedFd>,
+}
+
+impl Answer {
+    fn descriptor(self) -> Result<OwnedFd, OpenError> {
+        self.descriptor
+            .ok_or_else(|| OpenError::Ended(io::ErrorKind::InvalidData.into()))
+    }
+}
+
+/// The child's life. It owns no descriptor but `channel`, which it takes over.
+fn serve(user: &User, channel: &Channel) -> io::Result<()> {
+    let channel = Channel::from_fd(sys::close_all_but(channel.as_fd())?);
+    sys::die_after(LIFETIME_SECONDS);
+    user.become_for_good()?;
+    rustix::process::chdir("/")?;
+    while let Some(packet) = channel.receive()? {
+        let Some((ask, path)) = packet.bytes.split_first() else {
+            continue;
+        };
+        let path = Path::new(OsStr::from_bytes(path));
+        let done = match *ask {
+            b'p' => place(path).map(Done::Opened),
+            b'e' => enter(path).map(Done::Opened),
+            _ => read(path).map(Done::Read),
+        };
+        match done {
+            Ok(Done::Opened(fd)) => channel.send_wait(&0i32.to_le_bytes(), &[fd.as_fd()])?,
+            Ok(Done::Read(bytes)) => {
+                let mut packet = 0i32.to_le_bytes().to_vec();
+                packet.extend_from_slice(&bytes);
+                channel.send_wait(&packet, &[])?;
+            }
+            Err(errno) => channel.send_wait(&errno.raw_os_error().to_le_bytes(), &[])?,
+        }
+    }
+    Ok(())
+}
+
+enum Done {
+    Opened(OwnedFd),
+    Read(Vec<u8>),
+}
+
+fn place(path: &Path) -> Result<OwnedFd, Errno> {
+    // As a folder first: that is what makes an automounter mount.
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    match open_plain(path, flags | OFlags::DIRECTORY) {
+        Err(Errno::NOTDIR) => open_plain(path, flags),
+        other => other,
+    }
+}
+
+fn enter(path: &Path) -> Result<OwnedFd, Errno> {
+    // The last dot asks for the right to search the folder itself.
+    let inside: PathBuf = path.join(".");
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY;
+    open_plain(&inside, flags)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Errno> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = open_plain(path, flags)?;
+    let mut bytes = vec![0; LARGEST];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        match rustix::io::read(&file, &mut bytes[filled..]) {
+            Ok(0) => break,
+            Ok(more) => filled += more,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    if filled == bytes.len() {
+        return Err(Errno::FBIG);
+    }
+    bytes.truncate(filled);
+    Ok(bytes)
+}
+
+fn open_plain(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    if !path.is_absolute() {
+        return Err(Errno::INVAL);
+    }
+    openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS)
+}

@@ -1,0 +1,122 @@
+//! The system calls that no crate offers as safe functions.
+//!
+//! Invariant: this program has one thread, always. That makes `fork` without `exec` sound, and lets credentials be set
+//! by plain system calls.
+#![allow(
+    unsafe_code,
+    reason = "fork, close_range and mount_setattr have no safe wrapper"
+)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+
+/// A forked child that is killed when dropped.
+#[derive(Debug)]
+pub(crate) struct Child {
+    pid: Pid,
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = kill_process(self.pid, Signal::KILL);
+        // Not waited for: one that hangs in a dead filesystem cannot be killed, and must not hang its parent too.
+        let _ = waitpid(Some(self.pid), WaitOptions::NOHANG);
+    }
+}
+
+/// Runs `work` in a forked child, which ends with what it returns, never runs the parent's destructors, and shares no
+/// memory with it.
+pub(crate) fn fork(work: impl FnOnce() -> i32) -> io::Result<Child> {
+    // SAFETY: the process has one thread, so the child may go on in ordinary code.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            let code = catch_unwind(AssertUnwindSafe(work)).unwrap_or(101);
+            // SAFETY: ends the child at once.
+            unsafe { libc::_exit(code) }
+        }
+        pid => match Pid::from_raw(pid) {
+            Some(pid) => Ok(Child { pid }),
+            None => Err(io::Error::other("fork gave no process")),
+        },
+    }
+}
+
+/// Closes every descriptor of this process but `kept`, which gets a new number. For a fresh child only: whatever else
+/// owned a descriptor must not be used or dropped any more.
+pub(crate) fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const PLACE: i32 = 3;
+    let close_range = |first: u32, last: u32| {
+        // SAFETY: closes numbers only; the caller gave up every owner of them.
+        match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: both are plain numbers; what had number 3 is closed by this.
+    if unsafe { libc::dup2(kept.as_raw_fd(), PLACE) } != PLACE {
+        return Err(io::Error::last_os_error());
+    }
+    close_range(0, 2)?;
+    close_range(4, u32::MAX)?;
+    // SAFETY: number 3 is open and nobody else in this process owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(PLACE) })
+}
+
+/// Lets the kernel end this process after so many seconds, whatever it is doing then.
+pub(crate) fn die_after(seconds: u32) {
+    // SAFETY: no memory is involved; SIGALRM has its default action, which ends the process.
+    unsafe {
+        libc::signal(libc::SIGALRM, libc::SIG_DFL);
+        libc::alarm(seconds);
+    }
+}
+
+/// Takes over a descriptor that this program was started with.
+pub(crate) fn inherited(number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: F_SETFD touches the descriptor's flags only, and tells whether it is open.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, came from the program that started this one, and is asked for once.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// `struct mount_attr` of mount_setattr(2).
+#[repr(C)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// Sets mount attributes (`MOUNT_ATTR_*`) on `tree` and every mount below it.
+pub(crate) fn mount_set_attributes(tree: BorrowedFd<'_>, set: u64) -> Result<(), Errno> {
+    let attr = MountAttr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    // SAFETY: the path is an empty C string and the structure has the size that is given.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    match done {
+        0 => Ok(()),
+        _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::INVAL)),
+    }
+}

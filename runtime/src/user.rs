@@ -1,0 +1,76 @@
+//! The job's user: who it is, and becoming it for good.
+
+use std::io;
+use std::path::PathBuf;
+
+use rustix::process::{DumpableBehavior, Gid, Signal, Uid};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+/// Numbers a process runs under.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    pub uid: u32,
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+}
+
+/// What the node's account database says of a user. Names of groups in the order of [`User::groups`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Account {
+    pub name: String,
+    pub home: PathBuf,
+    pub groups: Vec<(u32, String)>,
+}
+
+impl User {
+    /// Turns this process wholly into the user: no identity, capability or group of root's is left, none can come
+    /// back, and the user cannot trace it. There is no way back.
+    pub(crate) fn become_for_good(&self) -> io::Result<()> {
+        let raw = |id: u32| (id != u32::MAX).then_some(id).ok_or(io::ErrorKind::InvalidInput);
+        let uid = Uid::from_raw(raw(self.uid)?);
+        let gid = Gid::from_raw(raw(self.gid)?);
+        let mut groups = Vec::with_capacity(self.groups.len());
+        for group in &self.groups {
+            groups.push(Gid::from_raw(raw(*group)?));
+        }
+        rustix::thread::set_thread_groups(&groups)?;
+        rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+        rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+        // The kernel emptied them unless the user is root, and root on a node is not to mean more than the files say.
+        let none = CapabilitySet::empty();
+        let sets = CapabilitySets {
+            effective: none,
+            permitted: none,
+            inheritable: none,
+        };
+        rustix::thread::set_capabilities(None, sets)?;
+        rustix::thread::set_no_new_privs(true)?;
+        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+        // After the change of identity, which clears it.
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        Ok(())
+    }
+
+    /// Asks the account database, as whoever this process is. Users it does not know get a name made of their number.
+    pub(crate) fn look_up(&self) -> Account {
+        let entry = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(self.uid));
+        let (name, home) = match entry {
+            Ok(Some(entry)) => (entry.name, entry.dir),
+            _ => (format!("user{}", self.uid), PathBuf::from("/")),
+        };
+        let mut groups: Vec<(u32, String)> = Vec::new();
+        for gid in std::iter::once(&self.gid).chain(&self.groups) {
+            if groups.iter().any(|(known, _)| known == gid) {
+                continue;
+            }
+            let entry = nix::unistd::Group::from_gid(nix::unistd::Gid::from_raw(*gid));
+            let name = match entry {
+                Ok(Some(group)) => group.name,
+                _ => format!("group{gid}"),
+            };
+            groups.push((*gid, name));
+        }
+        Account { name, home, groups }
+    }
+}

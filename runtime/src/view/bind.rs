@@ -1,0 +1,159 @@
+//! One thing of the node's that appears in the image: opened, cloned, attached.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, OFlags, StatVfsMountFlags, fstat, fstatvfs};
+use rustix::io::Errno;
+use rustix::mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+
+use super::error::at;
+use super::{Spot, ViewError, inside};
+use crate::opener::Opener;
+use crate::sys::mount_set_attributes;
+
+/// A bind, as asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// What it is, for messages: "the home folder".
+    pub what: &'static str,
+    /// Absolute, in the task's mount namespace; opened with the user's rights.
+    pub source: PathBuf,
+    /// Absolute, in the image.
+    pub target: PathBuf,
+    pub read_only: bool,
+    pub kind: Kind,
+    pub if_absent: IfAbsent,
+}
+
+/// What a bind may do and where it may go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `/proc`, `/sys`: the image must have a folder of that name, or nothing; no symbolic link.
+    System,
+    /// `/dev`: the same, and devices work there.
+    Devices,
+    /// Anything else: `nosuid,nodev`, and where the target already shows the source, nothing is done.
+    Ordinary,
+    /// Only where the image has nothing, or an empty folder.
+    Fallback,
+    /// What users asked for: [`Kind::Ordinary`], and not at `/` or below the system's folders.
+    Users,
+}
+
+/// What to do when the source cannot be opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IfAbsent {
+    Fail,
+    /// Go on without it if there is nothing of that name.
+    Skip,
+    /// Go on without it, whatever the reason.
+    SkipAny,
+}
+
+/// A bind whose source was opened.
+pub(super) struct OpenBind<'a> {
+    pub(super) bind: &'a Bind,
+    pub(super) source: OwnedFd,
+    pub(super) is_dir: bool,
+}
+
+/// Opens all sources, as the user.
+pub(super) fn open_sources<'a>(
+    binds: &'a [Bind],
+    opener: &mut Opener,
+) -> Result<Vec<OpenBind<'a>>, ViewError> {
+    let paths: Vec<&Path> = binds.iter().map(|b| b.source.as_path()).collect();
+    let mut opened = Vec::with_capacity(binds.len());
+    for (bind, answer) in binds.iter().zip(opener.places(&paths)) {
+        let source = match answer {
+            Ok(source) => source,
+            Err(e) if bind.if_absent == IfAbsent::Skip && e.is_absent() => continue,
+            Err(_) if bind.if_absent == IfAbsent::SkipAny => continue,
+            Err(source) => {
+                return Err(ViewError::Source {
+                    what: bind.what,
+                    path: bind.source.clone(),
+                    source,
+                });
+            }
+        };
+        let stat = fstat(&source).map_err(at("look at", &bind.source))?;
+        let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        opened.push(OpenBind {
+            bind,
+            source,
+            is_dir,
+        });
+    }
+    Ok(opened)
+}
+
+/// Clones each source's mounts, detached. Before anything is attached: a clone of `/` must not hold our own mounts.
+pub(super) fn clone_trees(binds: &[(OpenBind<'_>, Spot)]) -> Result<Vec<OwnedFd>, ViewError> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH
+        | OpenTreeFlags::AT_RECURSIVE;
+    let mut trees = Vec::with_capacity(binds.len());
+    for (open, _) in binds {
+        let tree = open_tree(&open.source, c"", flags).map_err(at("clone", &open.bind.source))?;
+        let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID;
+        if open.bind.kind != Kind::Devices {
+            attributes |= MountAttrFlags::MOUNT_ATTR_NODEV;
+        }
+        if open.bind.read_only {
+            attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+        }
+        mount_set_attributes(tree.as_fd(), attributes.bits().into())
+            .map_err(at("restrict", &open.bind.source))?;
+        trees.push(tree);
+    }
+    Ok(trees)
+}
+
+/// Puts a tree where it belongs below `root`.
+pub(super) fn attach(
+    root: BorrowedFd<'_>,
+    open: &OpenBind<'_>,
+    spot: &Spot,
+    tree: OwnedFd,
+) -> Result<(), ViewError> {
+    let bind = open.bind;
+    let target = match spot {
+        Spot::At(path) => inside(root, path, OFlags::PATH),
+        Spot::Below { bound } => match inside(root, &bind.target, OFlags::PATH) {
+            Err(Errno::NOENT) => {
+                return Err(ViewError::Foreign {
+                    what: bind.what,
+                    target: bind.target.clone(),
+                    bound: bound.clone(),
+                });
+            }
+            other => other,
+        },
+    };
+    let target = target.map_err(at("open the mount point", &bind.target))?;
+    let there = fstat(&target).map_err(at("look at", &bind.target))?;
+    if !matches!(bind.kind, Kind::System | Kind::Devices) && !bind.read_only {
+        let source = fstat(&open.source).map_err(at("look at", &bind.source))?;
+        let same = (there.st_dev, there.st_ino) == (source.st_dev, source.st_ino);
+        if same && is_read_only(&target) == is_read_only(&open.source) {
+            return Ok(());
+        }
+    }
+    let target_is_dir = FileType::from_raw_mode(there.st_mode) == FileType::Directory;
+    if target_is_dir != open.is_dir {
+        return Err(ViewError::Unfit {
+            what: bind.what,
+            target: bind.target.clone(),
+            found: if target_is_dir { "a folder" } else { "a file" },
+        });
+    }
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(&tree, c"", &target, c"", flags).map_err(at("mount at", &bind.target))
+}
+
+fn is_read_only(place: &OwnedFd) -> bool {
+    fstatvfs(place).is_ok_and(|s| s.f_flag.contains(StatVfsMountFlags::RDONLY))
+}

@@ -1,0 +1,137 @@
+//! A job's view of an image: a mount namespace made from the task's own, whose root is the image.
+//!
+//! The order of the steps is the safety: everything of the user's is opened (by the opener child) before anything is
+//! mounted; where each thing goes is decided on the image alone; only then is the new root put together, entered, and
+//! the node's root let go. Mount points are resolved inside the new root, by descriptor. Must run in a process of its
+//! own with one thread: it leaves its namespace for good.
+
+mod assemble;
+mod bind;
+mod error;
+mod generated;
+mod place;
+mod skeleton;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags, open};
+use rustix::mount::{MountPropagationFlags, mount_change};
+
+use crate::opener::Opener;
+use crate::user::{Account, User};
+use assemble::Stage;
+use bind::OpenBind;
+use error::step;
+use place::{Atlas, Spot};
+
+pub use bind::{Bind, IfAbsent, Kind};
+pub use error::ViewError;
+
+/// All that decides how a view looks.
+#[derive(Debug)]
+pub struct ViewSpec {
+    pub user: User,
+    pub account: Account,
+    /// What is bound into the image, in order: a later one covers an earlier one.
+    pub binds: Vec<Bind>,
+    /// Bytes that may be written into the image's own tree, in memory; `None` for a read-only view.
+    pub writable_bytes: Option<u64>,
+    /// Where the user asked to be. It is an error when it is not there.
+    pub workdir: Option<PathBuf>,
+    /// Where the job is outside.
+    pub job_cwd: PathBuf,
+    /// The image's own working directory.
+    pub image_cwd: Option<PathBuf>,
+}
+
+/// A finished view. It lives as long as the descriptor or a process in it.
+#[derive(Debug)]
+pub struct View {
+    pub namespace: OwnedFd,
+    /// The first of the wanted working directories that the user may enter there.
+    pub cwd: PathBuf,
+}
+
+/// Builds the view over `task_namespace`. `image` is a mount that is attached nowhere.
+///
+/// # Errors
+/// [`ViewError`]; nothing of the half-made view stays, since it is this process's alone.
+pub fn build(
+    spec: &ViewSpec,
+    task_namespace: BorrowedFd<'_>,
+    image: OwnedFd,
+) -> Result<View, ViewError> {
+    enter_copy_of(task_namespace)?;
+    let mut opener = Opener::start(&spec.user).map_err(ViewError::Opener)?;
+    let opened = bind::open_sources(&spec.binds, &mut opener)?;
+    let mut atlas = Atlas::new(image.as_fd());
+    let mut binds: Vec<(OpenBind<'_>, Spot)> = Vec::with_capacity(opened.len());
+    for open in opened {
+        if let Some(spot) = atlas.place(&open)? {
+            binds.push((open, spot));
+        }
+    }
+    let files = generated::files(spec, &atlas, image.as_fd(), &mut opener)?;
+    let trees = bind::clone_trees(&binds)?;
+
+    let stage = Stage::new(spec.writable_bytes)?;
+    skeleton::make(stage.skeleton(), image.as_fd(), atlas.missing(), &files)?;
+    let root = stage.root_over(image)?;
+    for ((open, spot), tree) in binds.iter().zip(trees) {
+        bind::attach(root.as_fd(), open, spot, tree)?;
+    }
+
+    let namespace = open("/proc/thread-self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(step("open the new mount namespace"))?;
+    assemble::change_root(root)?;
+    let cwd = working_directory(spec, &mut opener)?;
+    Ok(View { namespace, cwd })
+}
+
+/// A namespace like the task's, into which the node's later mounts still come, and out of which none go.
+fn enter_copy_of(namespace: BorrowedFd<'_>) -> Result<(), ViewError> {
+    nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNS)
+        .map_err(|e| ViewError::step("enter the task's mount namespace", e.into()))?;
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)
+        .map_err(|e| ViewError::step("make a mount namespace", e.into()))?;
+    let flags = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change("/", flags).map_err(step("separate the new namespace's mounts"))
+}
+
+/// `--container-workdir`, else the job's directory if it is visible, else the image's, else `/`.
+///
+/// The opener moved into the new root with the rest of the namespace, so it tells what the user may enter there.
+fn working_directory(spec: &ViewSpec, opener: &mut Opener) -> Result<PathBuf, ViewError> {
+    if let Some(wanted) = &spec.workdir {
+        return match opener.enter(wanted) {
+            Ok(_) => Ok(wanted.clone()),
+            Err(source) => Err(ViewError::Workdir {
+                path: wanted.clone(),
+                source,
+            }),
+        };
+    }
+    let candidates = [Some(&spec.job_cwd), spec.image_cwd.as_ref()];
+    for path in candidates.into_iter().flatten() {
+        if path.is_absolute() && opener.enter(path).is_ok() {
+            return Ok(path.clone());
+        }
+    }
+    Ok(PathBuf::from("/"))
+}
+
+/// An `O_PATH` descriptor below `root`, which no name can leave: symbolic links, absolute ones too, stay inside.
+fn inside(root: BorrowedFd<'_>, path: impl AsRef<Path>, flags: OFlags) -> Result<OwnedFd, rustix::io::Errno> {
+    use rustix::fs::ResolveFlags;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let flags = flags | OFlags::CLOEXEC;
+    // Somebody who renames folders while ".." is resolved gets EAGAIN; a few tries, then so be it.
+    for _ in 0..8 {
+        match rustix::fs::openat2(root, path.as_ref(), flags, Mode::empty(), resolve) {
+            Err(rustix::io::Errno::AGAIN) => {}
+            other => return other,
+        }
+    }
+    Err(rustix::io::Errno::AGAIN)
+}

@@ -1,0 +1,213 @@
+//! Where in the image a bind goes, decided on the image alone before anything is mounted.
+//!
+//! A target is walked by hand, name by name, inside the image: symbolic links are read, absolute ones start again at
+//! the image's root, and `..` stops there. The outcome is a path without links, so that a mount point which the image
+//! lacks can be made in the container's own layer at the right place.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{FileType, OFlags, RawDir, fstat, readlinkat};
+use rustix::io::Errno;
+
+use super::bind::{Kind, OpenBind};
+use super::error::at;
+use super::{ViewError, inside};
+
+/// As many links as the kernel follows.
+const MOST_LINKS: usize = 40;
+/// More names than any path has that the kernel accepts, links included.
+const MOST_NAMES: usize = 4096;
+
+/// Where a bind goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Spot {
+    /// At this path without links, relative to the root.
+    At(PathBuf),
+    /// At or somewhere in what an earlier bind shows at `bound`; to be resolved when that is mounted.
+    Below { bound: PathBuf },
+}
+
+/// What must be made because the image lacks it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Missing {
+    Folder,
+    File,
+}
+
+/// The image and what is planned on it.
+pub(super) struct Atlas<'a> {
+    image: BorrowedFd<'a>,
+    /// Paths without links, relative to the root, that are mount points of binds.
+    planned: Vec<PathBuf>,
+    missing: BTreeMap<PathBuf, Missing>,
+}
+
+/// The end of a walk. Paths are without links, relative to the root.
+pub(super) enum Walk {
+    Found(PathBuf, FileType),
+    Absent(PathBuf),
+    /// The walk met the mount point of an earlier bind.
+    Below(PathBuf),
+}
+
+impl<'a> Atlas<'a> {
+    pub(super) fn new(image: BorrowedFd<'a>) -> Self {
+        Atlas {
+            image,
+            planned: Vec::new(),
+            missing: BTreeMap::new(),
+        }
+    }
+
+    /// The mount points to make, parents first.
+    pub(super) fn missing(&self) -> &BTreeMap<PathBuf, Missing> {
+        &self.missing
+    }
+
+    /// Decides where a bind goes; `None` when it is not to be made.
+    pub(super) fn place(&mut self, open: &OpenBind<'_>) -> Result<Option<Spot>, ViewError> {
+        let bind = open.bind;
+        let refuse = |why| ViewError::Target {
+            what: bind.what,
+            target: bind.target.clone(),
+            why,
+        };
+        let strict = matches!(bind.kind, Kind::System | Kind::Devices);
+        let path = match self.walk(&bind.target, !strict)? {
+            Walk::Below(bound) => {
+                let system = bound.starts_with("proc") || bound.starts_with("sys");
+                return match bind.kind {
+                    Kind::Fallback => Ok(None),
+                    Kind::Users if system => Err(refuse("not allowed in /proc and /sys")),
+                    _ => Ok(Some(Spot::Below {
+                        bound: Path::new("/").join(bound),
+                    })),
+                };
+            }
+            Walk::Found(path, kind) => {
+                if bind.kind == Kind::Fallback && !self.is_empty_folder(&path, kind) {
+                    return Ok(None);
+                }
+                if (kind == FileType::Directory) != open.is_dir {
+                    return Err(ViewError::Unfit {
+                        what: bind.what,
+                        target: bind.target.clone(),
+                        found: match kind {
+                            FileType::Directory => "a folder",
+                            FileType::Symlink => "a symbolic link",
+                            _ => "a file",
+                        },
+                    });
+                }
+                path
+            }
+            Walk::Absent(path) => {
+                let missing = match open.is_dir {
+                    true => Missing::Folder,
+                    false => Missing::File,
+                };
+                self.missing.insert(path.clone(), missing);
+                path
+            }
+        };
+        if path.as_os_str().is_empty() {
+            return Err(refuse("that is the container's root"));
+        }
+        self.planned.push(path.clone());
+        Ok(Some(Spot::At(path)))
+    }
+
+    /// Follows `target` inside the image. With `follow` false a symbolic link anywhere is an end.
+    pub(super) fn walk(&self, target: &Path, follow: bool) -> Result<Walk, ViewError> {
+        let look = |errno| at("look in the image at", target)(errno);
+        let mut todo = names(target);
+        let mut path = PathBuf::new();
+        let mut found = Some(FileType::Directory);
+        let (mut links, mut steps) = (0, 0);
+        while let Some(name) = todo.pop_front() {
+            steps += 1;
+            if steps > MOST_NAMES {
+                return Err(look(Errno::NAMETOOLONG));
+            }
+            if name == ".." {
+                path.pop();
+                found = Some(FileType::Directory);
+                continue;
+            }
+            path.push(&name);
+            if self.planned.contains(&path) {
+                return Ok(Walk::Below(path));
+            }
+            if found.is_none() {
+                continue;
+            }
+            let here = match inside(self.image, &path, OFlags::PATH | OFlags::NOFOLLOW) {
+                Ok(here) => here,
+                Err(Errno::NOENT) => {
+                    found = None;
+                    continue;
+                }
+                Err(errno) => return Err(look(errno)),
+            };
+            let kind = FileType::from_raw_mode(fstat(&here).map_err(look)?.st_mode);
+            found = Some(kind);
+            match kind {
+                FileType::Directory => {}
+                FileType::Symlink if follow => {
+                    links += 1;
+                    if links > MOST_LINKS {
+                        return Err(look(Errno::LOOP));
+                    }
+                    let link = readlinkat(&here, c"", Vec::new()).map_err(look)?;
+                    let link = PathBuf::from(OsString::from_vec(link.into_bytes()));
+                    match link.is_absolute() {
+                        true => path = PathBuf::new(),
+                        false => drop(path.pop()),
+                    }
+                    found = Some(FileType::Directory);
+                    for name in names(&link).into_iter().rev() {
+                        todo.push_front(name);
+                    }
+                }
+                FileType::Symlink => return Ok(Walk::Found(path, kind)),
+                _ if todo.is_empty() => {}
+                _ => return Err(look(Errno::NOTDIR)),
+            }
+        }
+        Ok(match found {
+            Some(kind) => Walk::Found(path, kind),
+            None => Walk::Absent(path),
+        })
+    }
+
+    fn is_empty_folder(&self, path: &Path, kind: FileType) -> bool {
+        if kind != FileType::Directory || path.as_os_str().is_empty() {
+            return false;
+        }
+        let Ok(folder) = inside(self.image, path, OFlags::RDONLY | OFlags::DIRECTORY) else {
+            return false;
+        };
+        let mut space = [MaybeUninit::uninit(); 1024];
+        let mut entries = RawDir::new(&folder, &mut space);
+        while let Some(entry) = entries.next() {
+            match entry {
+                Ok(entry) if entry.file_name() == c"." || entry.file_name() == c".." => {}
+                _ => return false,
+            }
+        }
+        true
+    }
+}
+
+/// The names of a path in order, `..` among them.
+fn names(path: &Path) -> VecDeque<OsString> {
+    path.components()
+        .filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir))
+        .map(|c| c.as_os_str().to_owned())
+        .collect()
+}

@@ -1,0 +1,79 @@
+//! The container's own layer: a small tree over the image's that holds missing mount points and generated files.
+//!
+//! A folder that both layers have shows the upper one's owner and mode, so those are copied from the image's.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{
+    AtFlags, Gid, Mode, OFlags, Uid, chmodat, chownat, fstat, mkdirat, openat,
+};
+
+use super::error::at;
+use super::generated::GeneratedFile;
+use super::place::Missing;
+use super::{ViewError, inside};
+
+/// Fills the empty folder `layer`, which nobody else can reach.
+pub(super) fn make(
+    layer: BorrowedFd<'_>,
+    image: BorrowedFd<'_>,
+    missing: &BTreeMap<PathBuf, Missing>,
+    files: &[GeneratedFile],
+) -> Result<(), ViewError> {
+    let mut folders: BTreeSet<&Path> = BTreeSet::from([Path::new("")]);
+    for path in missing.keys().chain(files.iter().map(|f| &f.path)) {
+        folders.extend(path.ancestors().skip(1));
+    }
+    let whole = |(path, kind): (&'_ PathBuf, &Missing)| (*kind == Missing::Folder).then(|| path.clone());
+    let leaves: Vec<PathBuf> = missing.iter().filter_map(whole).collect();
+    folders.extend(leaves.iter().map(PathBuf::as_path));
+    for path in folders {
+        make_folder(layer, image, path)?;
+    }
+    for (path, kind) in missing {
+        if *kind == Missing::File {
+            make_file(layer, path, b"")?;
+        }
+    }
+    for file in files {
+        make_file(layer, &file.path, &file.content)?;
+    }
+    Ok(())
+}
+
+fn make_folder(layer: BorrowedFd<'_>, image: BorrowedFd<'_>, path: &Path) -> Result<(), ViewError> {
+    let fail = |errno| at("make the mount point", path)(errno);
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY;
+    let place = match path.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => path,
+    };
+    if place == path {
+        mkdirat(layer, path, Mode::from(0o755)).map_err(fail)?;
+    }
+    if let Ok(original) = inside(image, place, flags) {
+        let stat = fstat(original).map_err(fail)?;
+        let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+        chownat(layer, place, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
+        chmodat(layer, place, Mode::from_raw_mode(stat.st_mode), AtFlags::empty()).map_err(fail)?;
+    }
+    Ok(())
+}
+
+fn make_file(layer: BorrowedFd<'_>, path: &Path, content: &[u8]) -> Result<(), ViewError> {
+    let fail = |errno| at("make the file", path)(errno);
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let mode = Mode::from(0o644);
+    let file = openat(layer.as_fd(), path, flags, mode).map_err(fail)?;
+    File::from(file)
+        .write_all(content)
+        .map_err(|e| ViewError::At {
+            step: "write the file",
+            target: path.to_owned(),
+            source: e,
+        })
+}
