@@ -87,7 +87,7 @@ impl FromStr for Platform {
         };
         let words: Vec<&str> = s.split('/').collect();
         match words.as_slice() {
-            [os, architecture, rest @ ..] if rest.len() <= 1 && words.iter().all(|w| word(&w)) => {
+            [os, architecture, rest @ ..] if rest.len() <= 1 && words.iter().all(word) => {
                 Ok(Self {
                     os: (*os).into(),
                     architecture: (*architecture).into(),
