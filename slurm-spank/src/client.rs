@@ -1,0 +1,339 @@
+//! sbatch, salloc and srun: forget inherited names, read the command line, ask the daemon, pass the answer on.
+//!
+//! Invariant: a client never waits longer than [`LIMIT`], and never lets a job through that was definitely refused.
+//! Whatever goes wrong here otherwise costs a warning: the node decides.
+#![allow(unsafe_code, reason = "pipes, kill and waitpid")]
+
+use crate::ffi::{self, Context, Spank, errno_text};
+use crate::names;
+use crate::options;
+use crate::plan::{self, Asked, ClientPlan};
+use crate::settings::Settings;
+use crate::sockets;
+use crate::spawn::Program;
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long a submission may take longer because of us.
+const LIMIT: Duration = Duration::from_secs(2);
+/// Bytes taken of each of the helper's two outputs.
+const MAX_OUTPUT: usize = 16 * 1024;
+const USAGE: u8 = 2;
+/// Exit codes of the helper that end the submission: malformed, bad data, not permitted.
+const REFUSALS: [u8; 3] = [USAGE, 65, 77];
+
+/// What an earlier call of `init_post_opt` in this process found: Slurm calls it once per component of a
+/// heterogeneous job or step.
+#[derive(Debug, Clone, Copy)]
+struct Earlier {
+    calls: u32,
+    contained: bool,
+}
+
+static EARLIER: Mutex<Earlier> = Mutex::new(Earlier {
+    calls: 0,
+    contained: false,
+});
+
+/// Before the command line is read.
+pub fn init(spank: Spank, settings: &Settings, context: Context) {
+    // A step inside a container job would otherwise take the batch step's image for its own --container.
+    for name in names::STEP {
+        ffi::unset_own_env(name);
+    }
+    ffi::unset_own_env(names::TASK);
+    if is_new_job(context) {
+        for name in names::JOB {
+            ffi::unset_own_env(name);
+        }
+    }
+    options::register(spank, settings);
+}
+
+/// After the command line was read.
+pub fn init_post_opt(settings: &Settings, context: Context) {
+    let given = options::given();
+    let asked = Asked {
+        container: ffi::own_env(names::CONTAINER).filter(|value| !value.is_empty()),
+        image: given.image,
+        mounts: given.mounts,
+        workdir: given.workdir,
+        writable: given.writable,
+        new_job: is_new_job(context),
+        job_image: ffi::own_env(names::JOB_IMAGE).filter(|value| !value.is_empty()),
+    };
+    let plan = match plan::client(&asked) {
+        Ok(plan) => plan,
+        Err(refusal) => refuse(USAGE, refusal.0.as_bytes()),
+    };
+    refuse_heterogeneous(plan.contained);
+    if plan.contained {
+        for unknown in &settings.unknown {
+            warn(format!("plugstack.conf: '{unknown}' is not understood").as_bytes());
+        }
+    }
+    carry_out(settings, &plan);
+}
+
+/// srun outside of a job makes one; inside it makes a step.
+fn is_new_job(context: Context) -> bool {
+    context == Context::Allocator || ffi::own_env(c"SLURM_JOB_ID").is_none()
+}
+
+/// Slurm gives every component the first one's container: wrong, so not done.
+fn refuse_heterogeneous(contained: bool) {
+    let mut earlier = EARLIER.lock().unwrap_or_else(PoisonError::into_inner);
+    if earlier.calls > 0 && (contained || earlier.contained) {
+        refuse(USAGE, b"heterogeneous jobs and steps cannot run in containers: start the components as steps of their own");
+    }
+    earlier.calls += 1;
+    earlier.contained |= contained;
+}
+
+fn carry_out(settings: &Settings, plan: &ClientPlan) {
+    for (name, value) in &plan.set {
+        set(name, value);
+    }
+    let Some(reference) = &plan.ask else { return };
+    match ask(settings, reference) {
+        Ok(pins) => {
+            let mut list = ffi::own_env(names::JOB_PINS).unwrap_or_default();
+            for (name, digest) in &pins {
+                list = plan::add_pin(&list, name, digest);
+            }
+            if !pins.is_empty() {
+                set(names::JOB_PINS, &list);
+            }
+        }
+        Err(Trouble::Refused { code, text }) => refuse(code, &text),
+        Err(Trouble::Unsure(text)) if text.is_empty() => {}
+        Err(Trouble::Unsure(text)) => warn(&text),
+    }
+}
+
+/// Why there is no pin.
+#[derive(Debug, PartialEq, Eq)]
+enum Trouble {
+    /// The image cannot be had: the submission ends.
+    Refused { code: u8, text: Vec<u8> },
+    /// Nobody could tell: the job goes on.
+    Unsure(Vec<u8>),
+}
+
+type Pins = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// Runs `berth-runtime submit` and reads its answer.
+fn ask(settings: &Settings, reference: &[u8]) -> Result<Pins, Trouble> {
+    let deadline = Instant::now() + LIMIT;
+    let trouble = |what: &str| {
+        Trouble::Unsure(format!("the image service was not asked: {what}").into_bytes())
+    };
+    let (out, out_end) = pipe().ok_or_else(|| trouble("no pipe"))?;
+    let (err, err_end) = pipe().ok_or_else(|| trouble("no pipe"))?;
+    let words = [
+        "submit".as_bytes(),
+        b"--config",
+        settings.config.as_bytes(),
+        reference,
+    ];
+    let program = Program {
+        path: ffi::c_string(settings.runtime.as_bytes()).ok_or_else(|| trouble("bad path"))?,
+        arguments: words
+            .iter()
+            .filter_map(|word| ffi::c_string(word))
+            .collect(),
+        env: helper_environment(&[c"HOME", c"USER", c"SLURM_CONF", c"XDG_RUNTIME_DIR"]),
+        fds: [None, Some(out_end.as_fd()), Some(err_end.as_fd()), None],
+        new_session: false,
+        on_failure: (
+            2,
+            format!("cannot run '{}': ", settings.runtime).into_bytes(),
+        ),
+    };
+    let pid = program
+        .start()
+        .map_err(|number| trouble(errno_text(number)))?;
+    drop(program);
+    drop((out_end, err_end));
+    let finished = read_both(&out, &err, deadline);
+    let status = reap(pid, finished.is_some());
+    let Some((out, err)) = finished else {
+        return Err(trouble(
+            "no answer within 2 s; the job is submitted all the same",
+        ));
+    };
+    judge(status, &out, &err)
+}
+
+/// What the helper's end and words mean.
+fn judge(status: Option<u8>, out: &[u8], err: &[u8]) -> Result<Pins, Trouble> {
+    match status {
+        Some(0) => Ok(pins(out)),
+        Some(code) if REFUSALS.contains(&code) => Err(Trouble::Refused {
+            code,
+            text: err.to_vec(),
+        }),
+        Some(69) => Err(Trouble::Unsure(first_line(err).to_vec())),
+        _ if err.is_empty() => Err(Trouble::Unsure(
+            b"the image service was not asked: the helper failed".to_vec(),
+        )),
+        _ => Err(Trouble::Unsure(first_line(err).to_vec())),
+    }
+}
+
+fn first_line(text: &[u8]) -> &[u8] {
+    text.split(|byte| *byte == b'\n').next().unwrap_or_default()
+}
+
+/// `pin REFERENCE DIGEST` lines; what could not be one entry of the list is left out.
+fn pins(text: &[u8]) -> Pins {
+    let mut pins = Vec::new();
+    for line in text.split(|byte| *byte == b'\n') {
+        let mut words = line.split(|byte| *byte == b' ');
+        if let (Some(b"pin"), Some(reference), Some(digest), None) =
+            (words.next(), words.next(), words.next(), words.next())
+            && plan::check_reference(reference).is_ok()
+            && digest.starts_with(b"sha256:")
+            && digest
+                .iter()
+                .all(|byte| byte.is_ascii_alphanumeric() || *byte == b':')
+        {
+            pins.push((reference.to_vec(), digest.to_vec()));
+        }
+    }
+    pins
+}
+
+/// A fixed environment and those of this process's variables that are named.
+pub fn helper_environment(kept: &[&CStr]) -> Vec<CString> {
+    let mut env = vec![
+        c"PATH=/usr/bin:/bin:/usr/sbin:/sbin".to_owned(),
+        c"LANG=C".to_owned(),
+    ];
+    for name in kept {
+        if let Some(value) = ffi::own_env(name)
+            && let Some(pair) = ffi::c_string(&[name.to_bytes(), b"=", &value].concat())
+        {
+            env.push(pair);
+        }
+    }
+    env
+}
+
+fn pipe() -> Option<(OwnedFd, OwnedFd)> {
+    let mut ends = [-1; 2];
+    // SAFETY: room for two descriptors.
+    if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) } != 0 {
+        return None;
+    }
+    let [read, write] = ends;
+    // SAFETY: fresh and ours. The helper's end must block as programs expect.
+    unsafe {
+        libc::fcntl(write, libc::F_SETFL, 0);
+        Some((OwnedFd::from_raw_fd(read), OwnedFd::from_raw_fd(write)))
+    }
+}
+
+/// Reads both outputs to their ends; `None` when the deadline came first.
+fn read_both(out: &OwnedFd, err: &OwnedFd, deadline: Instant) -> Option<(Vec<u8>, Vec<u8>)> {
+    let mut texts = [Vec::new(), Vec::new()];
+    let mut polled = [out, err].map(|fd| libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    while polled.iter().any(|fd| fd.fd >= 0) {
+        sockets::wait_any(&mut polled, deadline).ok()?;
+        for (fd, text) in polled.iter_mut().zip(&mut texts) {
+            if fd.fd >= 0 && fd.revents != 0 && read_some(fd.fd, text) {
+                // poll leaves negative descriptors alone.
+                fd.fd = -1;
+            }
+        }
+    }
+    let [out, err] = texts;
+    Some((out, err))
+}
+
+/// True at the end of the stream. What is past the bound is read and forgotten, so that the writer is not stuck.
+fn read_some(fd: i32, text: &mut Vec<u8>) -> bool {
+    let mut buffer = [0u8; 4096];
+    // SAFETY: the buffer's own pointer and length.
+    let count = unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) };
+    match usize::try_from(count) {
+        Ok(0) => true,
+        Ok(count) => {
+            let room = MAX_OUTPUT.saturating_sub(text.len());
+            text.extend_from_slice(buffer.get(..count.min(room)).unwrap_or_default());
+            false
+        }
+        Err(_) => !matches!(ffi::errno(), libc::EINTR | libc::EAGAIN),
+    }
+}
+
+/// The exit code, if it can be had; a helper that is late is killed and not waited for.
+fn reap(pid: libc::pid_t, finished: bool) -> Option<u8> {
+    let mut status = 0;
+    let flags = if finished { 0 } else { libc::WNOHANG };
+    // SAFETY: our own child; a client that ignores SIGCHLD answers ECHILD.
+    let reaped = unsafe {
+        if !finished {
+            libc::kill(pid, libc::SIGKILL);
+        }
+        libc::waitpid(pid, &raw mut status, flags)
+    };
+    (reaped == pid && libc::WIFEXITED(status))
+        .then(|| u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(255))
+}
+
+fn set(name: &CStr, value: &[u8]) {
+    if let Some(value) = ffi::c_string(value) {
+        ffi::set_own_env(name, &value);
+    }
+}
+
+/// Ends the client: plugstack's `optional` would turn a returned error into a submission.
+fn refuse(code: u8, text: &[u8]) -> ! {
+    say(b"", text);
+    ffi::exit_now(code)
+}
+
+fn warn(text: &[u8]) {
+    say(b"warning: ", text);
+}
+
+/// `berth: …`, once, whether the helper wrote it already or not.
+fn say(kind: &[u8], text: &[u8]) {
+    let text = text.trim_ascii_end();
+    let text = text.strip_prefix(b"berth: ").unwrap_or(text);
+    ffi::write_stderr(&[b"berth: ", kind, text, b"\n"].concat());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_judged() {
+        let pin = b"pin docker://a/b:1 sha256:12\nnoise\npin x,y sha256:1\npin z md5:1\n";
+        assert_eq!(
+            judge(Some(0), pin, b"").unwrap(),
+            vec![(b"docker://a/b:1".to_vec(), b"sha256:12".to_vec())]
+        );
+        assert_eq!(
+            judge(Some(77), b"", b"berth: denied"),
+            Err(Trouble::Refused {
+                code: 77,
+                text: b"berth: denied".to_vec()
+            })
+        );
+        assert_eq!(judge(Some(69), b"", b""), Err(Trouble::Unsure(Vec::new())));
+        assert_eq!(
+            judge(Some(1), b"", b"one\ntwo"),
+            Err(Trouble::Unsure(b"one".to_vec()))
+        );
+        assert!(matches!(judge(None, b"", b""), Err(Trouble::Unsure(text)) if !text.is_empty()));
+    }
+}
