@@ -10,6 +10,7 @@ pub mod image;
 pub mod job;
 pub mod proxy;
 pub mod run;
+pub mod suite;
 
 pub use cluster::{Cluster, Options};
 pub use image::Image;
