@@ -34,7 +34,7 @@ def build_folder():
         missing = [name for name in PRODUCTS if not (folder / name).exists()]
         if not missing:
             return folder
-    raise Failure(f"not built in {candidates[-1]}: {', '.join(missing)}", hint="cargo build --release --workspace")
+    raise Failure(f"not built in {candidates[-1]}: {', '.join(missing)}", hint="scripts/build")
 
 
 def install(layout):

@@ -97,7 +97,9 @@ def plugstack(layout, plugin):
     choices = layout.choices
     if not choices["berth"] or choices["plugin"] == "none":
         return "# no plugins\n"
-    words = [choices["plugin"], plugin, f"config={layout.path('etc', 'berth.toml')}", *choices["plugin_args"]]
+    words = [choices["plugin"], plugin, f"runtime={layout.path('bin', 'berth-runtime')}",
+             f"config={layout.path('etc', 'berth.toml')}", f"log={layout.path('log', 'berth-runtime.log')}",
+             *choices["plugin_args"]]
     return " ".join(words) + "\n"
 
 
