@@ -2,8 +2,12 @@
 //!
 //! - [`format`]: the bytes on disk, and nothing else;
 //! - [`compress`]: the compressors an image may use;
+//! - [`write`]: writing an image, in the same bytes on any number of threads;
+//! - [`verity`]: the dm-verity tree behind it;
 //! - [`read`]: reading an image from any source.
 
 pub mod compress;
 pub mod format;
 pub mod read;
+pub mod verity;
+pub mod write;

@@ -1,0 +1,643 @@
+//! The appender: one thread that brings everything into the image's order and decides where it goes.
+//!
+//! Order: lanes one after another, in a lane by sequence number. A fragment block that is full goes to
+//! the workers, and into the image when the [`FRAGMENT_LAG`]th fragment after it is full: a rule that
+//! looks at contents only, and leaves that many fragments to be compressed at once.
+//!
+//! What belongs to a later lane is kept aside in as little memory as it needs ([`Kept`]), so that its
+//! buffers go on circulating.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use crossbeam_channel::Receiver;
+
+use super::output::Output;
+use super::share::{Beginnings, Hash, KnownBlocks, Run, SmallFiles, Stored};
+use super::worker::{Form, Job, Pool, Slot};
+use super::{FileHandle, Settings, Shared, WriteError};
+use crate::format::{BlockSize, FragmentEntry, NO_FRAGMENT};
+
+/// Full fragments that may be on their way. Changing it changes the bytes of images.
+const FRAGMENT_LAG: usize = 32;
+
+/// What reaches the appender, in any order.
+#[derive(Debug)]
+pub(super) enum Arrival {
+    Step {
+        lane: u32,
+        sequence: u64,
+        step: Step,
+    },
+    Fragment {
+        index: u32,
+        slot: Slot,
+        form: Form,
+    },
+    Finish {
+        lanes: u32,
+    },
+    Failed(WriteError),
+}
+
+/// One step of a lane.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// A block of the file in hand.
+    Block { slot: Slot, hash: Hash, form: Form },
+    /// Whole blocks of zeros of the file in hand.
+    Holes(u64),
+    /// The file in hand, which has blocks, is complete.
+    EndFile { size: u64 },
+    /// Small files, one behind another: length and hash.
+    Small { slot: Slot, files: Vec<(u32, Hash)> },
+    /// The lane has ended.
+    Close,
+}
+
+/// Where a file's contents are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct FileRecord {
+    pub(super) size: u64,
+    start: u64,
+    /// Index into the list of block sizes; or fragment and offset in it, for a file smaller than a block.
+    place: u64,
+}
+
+/// All that the tables need to know about contents.
+#[derive(Debug)]
+pub(super) struct Appended {
+    pub(super) output: Output,
+    pub(super) fragments: Vec<FragmentEntry>,
+    files: Vec<Vec<FileRecord>>,
+    sizes: Vec<u32>,
+}
+
+/// A file's place, as its inode wants it.
+pub(super) struct Contents<'a> {
+    pub(super) size: u64,
+    pub(super) start: u64,
+    pub(super) fragment: u32,
+    pub(super) fragment_offset: u32,
+    pub(super) blocks: &'a [u32],
+}
+
+impl Appended {
+    pub(super) fn contents(
+        &self,
+        handle: FileHandle,
+        block_size: u32,
+    ) -> Result<Contents<'_>, WriteError> {
+        if handle == FileHandle::EMPTY {
+            return Ok(Contents {
+                size: 0,
+                start: 0,
+                fragment: NO_FRAGMENT,
+                fragment_offset: 0,
+                blocks: &[],
+            });
+        }
+        let lane = self.files.get(handle.lane as usize);
+        let record = lane
+            .and_then(|files| files.get(handle.index as usize))
+            .ok_or(WriteError::UnknownHandle)?;
+        let FileRecord { size, start, place } = *record;
+        if size == 0 {
+            return Ok(Contents {
+                size,
+                start: 0,
+                fragment: NO_FRAGMENT,
+                fragment_offset: 0,
+                blocks: &[],
+            });
+        }
+        if size < u64::from(block_size) {
+            let (fragment, fragment_offset) = ((place >> 32) as u32, place as u32);
+            return Ok(Contents {
+                size,
+                start: 0,
+                fragment,
+                fragment_offset,
+                blocks: &[],
+            });
+        }
+        let (first, count) = (
+            place as usize,
+            size.div_ceil(u64::from(block_size)) as usize,
+        );
+        let blocks = &self.sizes[first..first + count];
+        Ok(Contents {
+            size,
+            start,
+            fragment: NO_FRAGMENT,
+            fragment_offset: 0,
+            blocks,
+        })
+    }
+}
+
+/// A step of a lane whose turn has not come: contents without their buffers.
+#[derive(Debug)]
+struct Kept {
+    step: Step,
+    bytes: KeptBytes,
+}
+
+#[derive(Debug)]
+enum KeptBytes {
+    None,
+    Memory(Box<[u8]>),
+    Spilled { at: u64, len: usize },
+}
+
+#[derive(Debug, Default)]
+struct LaneState {
+    next: u64,
+    waiting: BTreeMap<u64, Kept>,
+}
+
+/// The file that is being appended.
+#[derive(Debug)]
+struct Current {
+    chain: Hash,
+    blocks: u32,
+    /// So far this file is the beginning of that run, and nothing was written for it.
+    same_as: Option<Run>,
+    own: Run,
+    stored: u64,
+}
+
+pub(super) struct Appender {
+    out: Output,
+    settings: Settings,
+    known: Arc<KnownBlocks>,
+    pool: Pool,
+    arrived: Receiver<Arrival>,
+    shared: Arc<Shared>,
+    ahead: u64,
+    spill: Option<File>,
+    spilled: u64,
+
+    lanes: HashMap<u32, LaneState>,
+    turn: u32,
+    closed: u32,
+    expected: Option<u32>,
+    files: Vec<Vec<FileRecord>>,
+    sizes: Vec<u32>,
+    beginnings: Beginnings,
+    small: SmallFiles,
+    current: Option<Current>,
+
+    filling: Slot,
+    fragments: Vec<FragmentEntry>,
+    /// Full fragments that are not in the image; the first has this index.
+    on_the_way: VecDeque<Option<(Slot, Form)>>,
+    first_on_the_way: u32,
+    spare: Vec<Slot>,
+}
+
+impl Appender {
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "called once, by the writer's constructor"
+    )]
+    pub(super) fn new(
+        out: Output,
+        settings: Settings,
+        known: Arc<KnownBlocks>,
+        pool: Pool,
+        arrived: Receiver<Arrival>,
+        shared: Arc<Shared>,
+        ahead: u64,
+        spill: Option<File>,
+    ) -> Self {
+        // With a spill file nobody has to wait.
+        shared
+            .gate
+            .set_limit(if spill.is_some() { u64::MAX } else { ahead });
+        Self {
+            out,
+            settings,
+            known,
+            pool,
+            arrived,
+            shared,
+            ahead,
+            spill,
+            spilled: 0,
+            lanes: HashMap::new(),
+            turn: 0,
+            closed: 0,
+            expected: None,
+            files: vec![Vec::new()],
+            sizes: Vec::new(),
+            beginnings: Beginnings::default(),
+            small: SmallFiles::default(),
+            current: None,
+            filling: Slot::default(),
+            fragments: Vec::new(),
+            on_the_way: VecDeque::new(),
+            first_on_the_way: 0,
+            spare: Vec::new(),
+        }
+    }
+
+    pub(super) fn run(mut self) -> Result<Appended, WriteError> {
+        while self.expected != Some(self.turn) {
+            match self.next_kept()? {
+                Some(step) => self.carry_out(step)?,
+                None => self.receive()?,
+            }
+        }
+        self.seal_fragment()?;
+        while !self.on_the_way.is_empty() {
+            self.append_fragment()?;
+        }
+        Ok(Appended {
+            output: self.out,
+            fragments: self.fragments,
+            files: self.files,
+            sizes: self.sizes,
+        })
+    }
+
+    /// Takes one arrival; a step whose turn it is is carried out, everything else put where it waits.
+    fn receive(&mut self) -> Result<(), WriteError> {
+        if let Some(step) = self.sort_in()? {
+            self.carry_out(step)?;
+        }
+        Ok(())
+    }
+
+    /// Takes one arrival and gives it back when its turn is now.
+    fn sort_in(&mut self) -> Result<Option<Step>, WriteError> {
+        match self.arrived.recv().map_err(|_| WriteError::Aborted)? {
+            Arrival::Step {
+                lane,
+                sequence,
+                step,
+            } => {
+                if matches!(step, Step::Close) {
+                    self.closed += 1;
+                }
+                let state = self.lanes.entry(lane).or_default();
+                if lane == self.turn && state.next == sequence {
+                    state.next += 1;
+                    return Ok(Some(step));
+                }
+                let kept = if lane == self.turn {
+                    Kept {
+                        step,
+                        bytes: KeptBytes::None,
+                    }
+                } else {
+                    self.keep(step)?
+                };
+                self.lanes
+                    .entry(lane)
+                    .or_default()
+                    .waiting
+                    .insert(sequence, kept);
+            }
+            Arrival::Fragment { index, slot, form } => {
+                let place = (index - self.first_on_the_way) as usize;
+                self.on_the_way[place] = Some((slot, form));
+            }
+            // Lanes say that they close on this very channel, so by now all must have.
+            Arrival::Finish { lanes } if lanes != self.closed => return Err(WriteError::LaneOpen),
+            Arrival::Finish { lanes } => self.expected = Some(lanes),
+            Arrival::Failed(error) => return Err(error),
+        }
+        Ok(None)
+    }
+
+    /// The step whose turn it is, when it waits already.
+    fn next_kept(&mut self) -> Result<Option<Step>, WriteError> {
+        let Some(state) = self.lanes.get_mut(&self.turn) else {
+            return Ok(None);
+        };
+        let Some(kept) = state.waiting.remove(&state.next) else {
+            return Ok(None);
+        };
+        state.next += 1;
+        self.restore(kept).map(Some)
+    }
+
+    fn carry_out(&mut self, step: Step) -> Result<(), WriteError> {
+        match step {
+            Step::Block { slot, hash, form } => {
+                self.append_block(&slot, hash, form)?;
+                self.pool.give_back(slot);
+            }
+            Step::Holes(count) => {
+                for _ in 0..count {
+                    self.append_block(
+                        &Slot::default(),
+                        super::worker::share_of_hole(),
+                        Form::Hole,
+                    )?;
+                }
+            }
+            Step::EndFile { size } => self.end_file(size)?,
+            Step::Small { slot, files } => {
+                let mut at = 0;
+                for (len, hash) in files {
+                    self.append_small(&slot.raw[at..at + len as usize], hash)?;
+                    at += len as usize;
+                }
+                self.pool.give_back(slot);
+            }
+            Step::Close => {
+                self.files[self.turn as usize].shrink_to_fit();
+                self.lanes.remove(&self.turn);
+                self.turn += 1;
+                self.files.push(Vec::new());
+                self.shared.gate.set_turn(self.turn);
+            }
+        }
+        Ok(())
+    }
+
+    fn append_block(&mut self, slot: &Slot, hash: Hash, form: Form) -> Result<(), WriteError> {
+        let next_run = Run {
+            start: self.out.position(),
+            list: self.next_size()?,
+        };
+        let mut file = self.current.take().unwrap_or(Current {
+            chain: Beginnings::EMPTY,
+            blocks: 0,
+            // A file of no blocks is the beginning of anything.
+            same_as: Some(next_run),
+            own: next_run,
+            stored: 0,
+        });
+        file.chain = Beginnings::extend(&file.chain, &hash);
+        if let Some(same) = file.same_as {
+            if let Some(run) = self.beginnings.get(&file.chain) {
+                let size = self.sizes[run.list as usize + file.blocks as usize];
+                file.same_as = Some(run);
+                file.stored += u64::from(BlockSize(size).stored());
+                file.blocks += 1;
+                self.current = Some(file);
+                return Ok(());
+            }
+            // The first difference: from here on the file has blocks of its own, and they must lie
+            // behind a copy of what it had in common.
+            file.same_as = None;
+            file.own = next_run;
+            if file.blocks > 0 {
+                let common = same.list as usize..same.list as usize + file.blocks as usize;
+                self.out.append_copy(same.start, file.stored)?;
+                self.sizes.extend_from_within(common);
+            }
+        }
+        let size = self.store_block(slot, &hash, form)?;
+        self.sizes.push(size.0);
+        file.stored += u64::from(size.stored());
+        file.blocks += 1;
+        self.beginnings.insert(file.chain, file.own);
+        self.current = Some(file);
+        Ok(())
+    }
+
+    fn store_block(
+        &mut self,
+        slot: &Slot,
+        hash: &Hash,
+        form: Form,
+    ) -> Result<BlockSize, WriteError> {
+        let at = self.out.position();
+        let size = match form {
+            Form::Hole => return Ok(BlockSize::HOLE),
+            Form::Known => {
+                let stored = self.known.get(hash).ok_or(WriteError::Aborted)?;
+                self.out
+                    .append_copy(stored.at, u64::from(BlockSize(stored.size).stored()))?;
+                return Ok(BlockSize(stored.size));
+            }
+            Form::Packed => {
+                self.out.append(&slot.packed)?;
+                BlockSize::new(slot.packed.len() as u32, true)
+            }
+            Form::Raw => {
+                self.out.append(&slot.raw[..slot.used])?;
+                BlockSize::new(slot.used as u32, false)
+            }
+        };
+        self.known.insert(*hash, Stored { at, size: size.0 });
+        Ok(size)
+    }
+
+    fn end_file(&mut self, size: u64) -> Result<(), WriteError> {
+        let file = self.current.take().ok_or(WriteError::Aborted)?;
+        let run = file.same_as.unwrap_or(file.own);
+        self.record(FileRecord {
+            size,
+            start: run.start,
+            place: u64::from(run.list),
+        });
+        Ok(())
+    }
+
+    fn append_small(&mut self, contents: &[u8], hash: Hash) -> Result<(), WriteError> {
+        if contents.is_empty() {
+            self.record(FileRecord {
+                size: 0,
+                start: 0,
+                place: 0,
+            });
+            return Ok(());
+        }
+        let place = match self.small.get(&hash) {
+            Some(&place) => place,
+            None => {
+                if self.filling.used + contents.len() > self.settings.block_size as usize {
+                    self.seal_fragment()?;
+                }
+                let place = (
+                    self.first_on_the_way + self.on_the_way.len() as u32,
+                    self.filling.used as u32,
+                );
+                self.filling
+                    .raw
+                    .resize(self.settings.block_size as usize, 0);
+                self.filling.raw[self.filling.used..][..contents.len()].copy_from_slice(contents);
+                self.filling.used += contents.len();
+                self.small.insert(hash, place);
+                place
+            }
+        };
+        let place = u64::from(place.0) << 32 | u64::from(place.1);
+        self.record(FileRecord {
+            size: contents.len() as u64,
+            start: 0,
+            place,
+        });
+        Ok(())
+    }
+
+    fn record(&mut self, record: FileRecord) {
+        self.files[self.turn as usize].push(record);
+    }
+
+    /// Sends the fragment that is being filled to the workers, and one that is due into the image.
+    fn seal_fragment(&mut self) -> Result<(), WriteError> {
+        if self.filling.used == 0 {
+            return Ok(());
+        }
+        let index = self.first_on_the_way + self.on_the_way.len() as u32;
+        let slot = std::mem::replace(&mut self.filling, self.spare.pop().unwrap_or_default());
+        self.filling.used = 0;
+        self.on_the_way.push_back(None);
+        self.pool
+            .submit(Job::Fragment { index, slot })
+            .ok_or(WriteError::Aborted)?;
+        if self.on_the_way.len() > FRAGMENT_LAG {
+            self.append_fragment()?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the first fragment on its way and appends it.
+    fn append_fragment(&mut self) -> Result<(), WriteError> {
+        let (slot, form) = loop {
+            match self.on_the_way.front_mut() {
+                Some(done @ Some(_)) => break done.take().ok_or(WriteError::Aborted)?,
+                Some(None) => self.wait_in_turn()?,
+                None => return Err(WriteError::Aborted),
+            }
+        };
+        let start = self.out.position();
+        let size = match form {
+            Form::Packed => {
+                self.out.append(&slot.packed)?;
+                BlockSize::new(slot.packed.len() as u32, true)
+            }
+            _ => {
+                self.out.append(&slot.raw[..slot.used])?;
+                BlockSize::new(slot.used as u32, false)
+            }
+        };
+        self.on_the_way.pop_front();
+        self.first_on_the_way += 1;
+        self.fragments.push(FragmentEntry { start, size });
+        self.spare.push(slot);
+        Ok(())
+    }
+
+    /// Takes one arrival while something else is being carried out: nothing else has its turn.
+    fn wait_in_turn(&mut self) -> Result<(), WriteError> {
+        let (turn, before) = (self.turn, self.lanes.get(&self.turn).map_or(0, |s| s.next));
+        if let Some(step) = self.sort_in()? {
+            // It would be next, but not yet.
+            let state = self.lanes.entry(turn).or_default();
+            state.next = before;
+            state.waiting.insert(
+                before,
+                Kept {
+                    step,
+                    bytes: KeptBytes::None,
+                },
+            );
+        }
+        Ok(())
+    }
+
+    fn next_size(&self) -> Result<u32, WriteError> {
+        u32::try_from(self.sizes.len()).map_err(|_| WriteError::TooMany {
+            what: "data blocks",
+            limit: u64::from(u32::MAX),
+        })
+    }
+
+    /// Puts a step of a later lane aside and frees its buffers.
+    fn keep(&mut self, step: Step) -> Result<Kept, WriteError> {
+        let (slot, step) = match step {
+            Step::Block { slot, hash, form } => (
+                slot,
+                Step::Block {
+                    slot: Slot::default(),
+                    hash,
+                    form,
+                },
+            ),
+            Step::Small { slot, files } => (
+                slot,
+                Step::Small {
+                    slot: Slot::default(),
+                    files,
+                },
+            ),
+            other => {
+                return Ok(Kept {
+                    step: other,
+                    bytes: KeptBytes::None,
+                });
+            }
+        };
+        let bytes = match &step {
+            Step::Block {
+                form: Form::Hole | Form::Known,
+                ..
+            } => &[][..],
+            Step::Block {
+                form: Form::Packed, ..
+            } => &slot.packed[..],
+            _ => &slot.raw[..slot.used],
+        };
+        let kept = match &self.spill {
+            Some(spill) if self.shared.gate.kept() + bytes.len() as u64 > self.ahead => {
+                spill
+                    .write_all_at(bytes, self.spilled)
+                    .map_err(WriteError::io("write the spill file"))?;
+                let at = self.spilled;
+                self.spilled += bytes.len() as u64;
+                KeptBytes::Spilled {
+                    at,
+                    len: bytes.len(),
+                }
+            }
+            _ => {
+                self.shared.gate.keep(bytes.len() as u64);
+                KeptBytes::Memory(bytes.into())
+            }
+        };
+        self.pool.give_back(slot);
+        Ok(Kept { step, bytes: kept })
+    }
+
+    /// Makes a kept step what it was.
+    fn restore(&mut self, kept: Kept) -> Result<Step, WriteError> {
+        let Kept { mut step, bytes } = kept;
+        let bytes = match bytes {
+            KeptBytes::None => return Ok(step),
+            KeptBytes::Memory(bytes) => {
+                self.shared.gate.release(bytes.len() as u64);
+                bytes.into_vec()
+            }
+            KeptBytes::Spilled { at, len } => {
+                let mut bytes = vec![0; len];
+                let spill = self.spill.as_ref().ok_or(WriteError::Aborted)?;
+                spill
+                    .read_exact_at(&mut bytes, at)
+                    .map_err(WriteError::io("read the spill file"))?;
+                bytes
+            }
+        };
+        match &mut step {
+            Step::Block {
+                slot,
+                form: Form::Packed,
+                ..
+            } => slot.packed = bytes,
+            Step::Block { slot, .. } | Step::Small { slot, .. } => {
+                slot.used = bytes.len();
+                slot.raw = bytes;
+            }
+            _ => {}
+        }
+        Ok(step)
+    }
+}
