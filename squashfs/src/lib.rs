@@ -2,10 +2,12 @@
 //!
 //! - [`format`]: the bytes on disk, and nothing else;
 //! - [`compress`]: the compressors an image may use;
+//! - [`mod@check`]: whether a finished image is fit to be signed;
 //! - [`write`]: writing an image, in the same bytes on any number of threads;
 //! - [`verity`]: the dm-verity tree behind it;
 //! - [`read`]: reading an image from any source.
 
+pub mod check;
 pub mod compress;
 pub mod format;
 pub mod read;

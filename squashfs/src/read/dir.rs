@@ -173,6 +173,18 @@ impl<'a, S: ReadAt> DirStream<'a, S> {
         }))
     }
 
+    /// When a run begins here: its position, and the block of the directory table that its head begins in.
+    pub(crate) fn run_start(&mut self) -> Result<Option<(u32, u64)>, ReadError> {
+        let (at, len, run) = (self.at, self.len, self.run.count);
+        match &mut self.cursor {
+            Some(cursor) if run == 0 && at < len => {
+                cursor.settle()?;
+                Ok(Some((at, cursor.pos().block)))
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// Goes to the first entry at or after `position`, a value of [`DirEntry::next`] or 0.
     pub fn seek(&mut self, position: u32) -> Result<(), ReadError> {
         if position < self.at {

@@ -194,6 +194,20 @@ impl<'a, S: ReadAt> MetaCursor<'a, S> {
         }
     }
 
+    /// Steps to the next block when this one is used up and there is one, so that [`Self::pos`] says where the next
+    /// record begins.
+    pub(crate) fn settle(&mut self) -> Result<(), ReadError> {
+        match self.offset == self.block.data.len() && self.block.next < self.region.end {
+            true => self.advance(),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the whole table was read.
+    pub(crate) fn at_end(&self) -> bool {
+        self.offset == self.block.data.len() && self.block.next == self.region.end
+    }
+
     fn advance(&mut self) -> Result<(), ReadError> {
         let next = self.block.next;
         if next >= self.region.end {

@@ -20,7 +20,9 @@ mod xattr;
 use cache::BlockCache;
 use decode::Decoder;
 use file::{DataBlock, FileIndex, Stored};
-use meta::{LookupTable, MetaBlock, MetaPos, Region};
+use meta::{LookupTable, MetaBlock};
+pub(crate) use meta::{MetaCursor, MetaPos, Region};
+pub(crate) use xattr::LIST_MAX as XATTR_LIST_MAX;
 use xattr::XattrTable;
 
 pub use crate::format::{InodeBody, InodeType, MetaRef, Superblock};
@@ -142,6 +144,18 @@ impl<S: ReadAt> Reader<S> {
         &self.source
     }
 
+    pub(crate) fn inode_region(&self) -> Region {
+        self.inodes
+    }
+
+    pub(crate) fn xattrs(&self) -> Option<XattrTable> {
+        self.xattrs
+    }
+
+    pub(crate) fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
     fn load_ids(&self, table: LookupTable) -> Result<Box<[u32]>, ReadError> {
         // The count has 16 bits: at most 256 KiB.
         (0..u64::from(self.superblock.id_count))
@@ -177,7 +191,7 @@ impl<S: ReadAt> Reader<S> {
         })
     }
 
-    fn read_source(&self, buf: &mut [u8], offset: u64) -> Result<(), ReadError> {
+    pub(crate) fn read_source(&self, buf: &mut [u8], offset: u64) -> Result<(), ReadError> {
         self.source
             .read_exact_at(buf, offset)
             .map_err(|e| ReadError::io(offset, buf.len(), e))

@@ -8,7 +8,7 @@ use super::source::ReadAt;
 use crate::format::{MetaRef, XattrEntry, XattrId};
 
 /// Longest list of names the kernel passes on (XATTR_LIST_MAX).
-const LIST_MAX: usize = 65536;
+pub(crate) const LIST_MAX: usize = 65536;
 /// Longest value (XATTR_SIZE_MAX).
 pub(crate) const VALUE_MAX: u32 = 65536;
 /// Longest name (XATTR_NAME_MAX).
@@ -34,7 +34,10 @@ impl<S: ReadAt> Reader<S> {
             while let Some(name) = pairs.next_name()? {
                 total += name.len() + 1;
                 if total > LIST_MAX {
-                    return Err(ReadError::corrupt("list of xattrs", inode.reference.to_raw()));
+                    return Err(ReadError::corrupt(
+                        "list of xattrs",
+                        inode.reference.to_raw(),
+                    ));
                 }
                 pairs.skip_value()?;
                 names.push(name);
@@ -116,7 +119,7 @@ pub(crate) struct XattrPairs<'a, S> {
     out_of_line: bool,
 }
 
-impl<S: ReadAt> XattrPairs<'_, S> {
+impl<'a, S: ReadAt> XattrPairs<'a, S> {
     /// The next pair's full name; its value must be taken or skipped before the next call.
     pub(crate) fn next_name(&mut self) -> Result<Option<Vec<u8>>, ReadError> {
         if self.left == 0 {
@@ -144,11 +147,25 @@ impl<S: ReadAt> XattrPairs<'_, S> {
     }
 
     pub(crate) fn value(&mut self) -> Result<Vec<u8>, ReadError> {
+        let (mut away, len) = self.open_value()?;
+        let mut value = vec![0u8; len as usize];
+        away.as_mut().unwrap_or(&mut self.cursor).read(&mut value)?;
+        Ok(value)
+    }
+
+    /// Skips a value, having looked that it is all there.
+    pub(crate) fn check_value(&mut self) -> Result<(), ReadError> {
+        let (mut away, len) = self.open_value()?;
+        away.as_mut()
+            .unwrap_or(&mut self.cursor)
+            .skip(u64::from(len))
+    }
+
+    /// The value's length, and where its bytes are if not under the cursor.
+    fn open_value(&mut self) -> Result<(Option<MetaCursor<'a, S>>, u32), ReadError> {
         let len = self.value_len()?;
         if !self.out_of_line {
-            let mut value = vec![0u8; len as usize];
-            self.cursor.read(&mut value)?;
-            return Ok(value);
+            return Ok((None, len));
         }
         if len != 8 {
             return Err(ReadError::corrupt("xattr value reference", u64::from(len)));
@@ -161,9 +178,7 @@ impl<S: ReadAt> XattrPairs<'_, S> {
         if len > VALUE_MAX {
             return Err(ReadError::corrupt("xattr value length", u64::from(len)));
         }
-        let mut value = vec![0u8; len as usize];
-        away.read(&mut value)?;
-        Ok(value)
+        Ok((Some(away), len))
     }
 
     fn value_len(&mut self) -> Result<u32, ReadError> {

@@ -1,4 +1,5 @@
 //! Trees on disk, images of them, and both as one comparable list.
+#![allow(dead_code, reason = "each suite uses its part")]
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
