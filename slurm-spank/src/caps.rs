@@ -28,6 +28,9 @@ struct Words {
     inheritable: u32,
 }
 
+/// The last step's name in [`Failed`].
+pub const CHDIR: &str = "enter the working directory";
+
 /// Which step failed, and its errno.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Failed(pub &'static str, pub c_int);
@@ -53,7 +56,7 @@ pub fn enter(namespace: BorrowedFd<'_>, cwd: &CStr) -> Result<(), Failed> {
         unsafe { libc::syscall(libc::SYS_setns, namespace.as_raw_fd(), libc::CLONE_NEWNS) }
     })?;
     drop_all()?;
-    call("enter the working directory", || {
+    call(CHDIR, || {
         // SAFETY: a C string.
         unsafe { libc::syscall(libc::SYS_chdir, cwd.as_ptr()) }
     })

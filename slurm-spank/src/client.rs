@@ -49,6 +49,9 @@ pub fn init(spank: Spank, settings: &Settings, context: Context) {
             ffi::unset_own_env(name);
         }
     }
+    if inside_job() {
+        options::forget_inherited();
+    }
     options::register(spank, settings);
 }
 
@@ -56,12 +59,14 @@ pub fn init(spank: Spank, settings: &Settings, context: Context) {
 pub fn init_post_opt(settings: &Settings, context: Context) {
     let given = options::given();
     let asked = Asked {
-        container: ffi::own_env(names::CONTAINER).filter(|value| !value.is_empty()),
+        // Empty is an empty --container, most likely from an unset variable in a script: refused below.
+        container: ffi::own_env(names::CONTAINER),
         image: given.image,
         mounts: given.mounts,
         workdir: given.workdir,
         writable: given.writable,
         new_job: is_new_job(context),
+        starts_step: context == Context::Local,
         job_image: ffi::own_env(names::JOB_IMAGE).filter(|value| !value.is_empty()),
     };
     let plan = match plan::client(&asked) {
@@ -79,7 +84,11 @@ pub fn init_post_opt(settings: &Settings, context: Context) {
 
 /// srun outside of a job makes one; inside it makes a step.
 fn is_new_job(context: Context) -> bool {
-    context == Context::Allocator || ffi::own_env(c"SLURM_JOB_ID").is_none()
+    context == Context::Allocator || !inside_job()
+}
+
+fn inside_job() -> bool {
+    ffi::own_env(c"SLURM_JOB_ID").is_some()
 }
 
 /// Slurm gives every component the first one's container: wrong, so not done.
@@ -146,7 +155,7 @@ fn ask(settings: &Settings, reference: &[u8]) -> Result<Pins, Trouble> {
             .collect(),
         env: helper_environment(&[c"HOME", c"USER", c"SLURM_CONF", c"XDG_RUNTIME_DIR"]),
         fds: [None, Some(out_end.as_fd()), Some(err_end.as_fd()), None],
-        new_session: false,
+        detached: false,
         on_failure: (
             2,
             format!("cannot run '{}': ", settings.runtime).into_bytes(),

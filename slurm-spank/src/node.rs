@@ -153,7 +153,7 @@ fn start(spank: Spank, settings: &Settings, wish: &Wish) -> Result<Link, Failure
             log.as_ref().map(OwnedFd::as_fd),
             Some(theirs.as_fd()),
         ],
-        new_session: true,
+        detached: true,
         on_failure: (3, exec_failure(settings)),
     };
     program.start().map_err(failed)?;

@@ -75,6 +75,22 @@ pub fn register(spank: Spank, settings: &Settings) {
     }
 }
 
+/// salloc exports its options, and Slurm would give them to every srun and sbatch inside, over the job's own settings
+/// in `names`. Outside of a job the same variables are a user's defaults and stay.
+pub fn forget_inherited() {
+    for (_, text) in &OPTIONS {
+        for prefix in [
+            "_SLURM_SPANK_OPTION_berth_",
+            "SLURM_SPANK__SLURM_SPANK_OPTION_berth_",
+        ] {
+            let option = text.name.to_string_lossy().replace('-', "_");
+            if let Some(name) = ffi::c_string(format!("{prefix}{option}").as_bytes()) {
+                ffi::unset_own_env(&name);
+            }
+        }
+    }
+}
+
 /// What was given so far.
 pub fn given() -> Given {
     GIVEN.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -23,6 +23,8 @@ pub struct Asked {
     pub writable: bool,
     /// This client makes a job of its own; otherwise a step of the job it runs in.
     pub new_job: bool,
+    /// This client starts tasks itself: srun.
+    pub starts_step: bool,
     /// The image of the job around this client.
     pub job_image: Option<Vec<u8>>,
 }
@@ -71,7 +73,9 @@ pub fn client(asked: &Asked) -> Result<ClientPlan, Refusal> {
         if options_given {
             return Err(no_image());
         }
-        plan.set.push((names::CONTAINER, NONE.to_vec()));
+        if asked.starts_step {
+            plan.set.push((names::CONTAINER, NONE.to_vec()));
+        }
         return Ok(plan);
     }
     check_reference(reference)?;
@@ -92,8 +96,10 @@ pub fn client(asked: &Asked) -> Result<ClientPlan, Refusal> {
             ],
         ));
     }
-    // For --image too: the node and the guard then know one way only.
-    plan.set.push((names::CONTAINER, reference.clone()));
+    // For --image too: the node and the guard then know one way only. A batch step finds the job's image.
+    if asked.starts_step {
+        plan.set.push((names::CONTAINER, reference.clone()));
+    }
     plan.ask = Some(reference.clone());
     Ok(plan)
 }
@@ -176,11 +182,10 @@ pub fn node(env: &StepEnv) -> Option<Wish> {
         return None;
     }
     let inherits = job_image.as_ref() == Some(&reference);
-    let mut mounts = Vec::new();
-    if inherits {
-        mounts.extend(split_mounts(filled(&env.job_mounts)));
-    }
-    mounts.extend(split_mounts(filled(&env.step_mounts)));
+    let jobs = filled(&env.job_mounts).filter(|_| inherits);
+    let steps = filled(&env.step_mounts);
+    let lists: Vec<Vec<u8>> = jobs.into_iter().chain(steps).collect();
+    let mounts = split_mounts(Some(lists.join(&b',')));
     let workdir = filled(&env.step_workdir)
         .or_else(|| filled(&env.job_workdir).filter(|_| inherits))
         .unwrap_or_default();
@@ -281,6 +286,7 @@ mod tests {
         let asked = Asked {
             job_image: some("x"),
             image: some("y"),
+            starts_step: true,
             ..Asked::default()
         };
         let plan = client(&asked).unwrap();
@@ -294,6 +300,7 @@ mod tests {
         let asked = Asked {
             job_image: some("x"),
             image: some("none"),
+            starts_step: true,
             ..Asked::default()
         };
         let plan = client(&asked).unwrap();
@@ -353,7 +360,7 @@ mod tests {
             job_mounts: some("/a,/b"),
             job_workdir: some("/jw"),
             job_writable: some("1"),
-            step_mounts: some("/c"),
+            step_mounts: some("/c,/a"),
             step_workdir: some("/sw"),
             ..StepEnv::default()
         };

@@ -19,7 +19,9 @@ pub struct Program<'a> {
     pub env: Vec<CString>,
     /// Descriptors 0 to 3; `None` is /dev/null, for 3 closed.
     pub fds: [Option<BorrowedFd<'a>>; 4],
-    pub new_session: bool,
+    /// Leaves the caller's session and its tree of processes: a signal that Slurm sends to all of a step's processes
+    /// is not for the helper. The process id is then not the helper's.
+    pub detached: bool,
     /// When exec fails, this and the reason go to that descriptor (a number of the child's).
     pub on_failure: (RawFd, Vec<u8>),
 }
@@ -62,7 +64,17 @@ impl Program<'_> {
         unsafe {
             libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut())
         };
-        if pid < 0 { Err(failed) } else { Ok(pid) }
+        if pid < 0 {
+            return Err(failed);
+        }
+        if self.detached {
+            // The one in between ends at once. Where slurmstepd reaps it first this says ECHILD.
+            // SAFETY: a child of ours; no status is asked for.
+            while unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) } < 0
+                && errno() == libc::EINTR
+            {}
+        }
+        Ok(pid)
     }
 
     /// # Safety
@@ -75,9 +87,6 @@ impl Program<'_> {
     ) -> ! {
         // SAFETY: async-signal-safe calls on prepared memory; see above.
         unsafe {
-            if self.new_session {
-                libc::setsid();
-            }
             let mut default: libc::sigaction = std::mem::zeroed();
             default.sa_sigaction = libc::SIG_DFL;
             for signal in 1..=64 {
@@ -92,6 +101,15 @@ impl Program<'_> {
                 libc::c_uint::MAX,
                 0,
             );
+            if self.detached {
+                libc::setsid();
+                // A raw fork: this process is a copy with one thread, and libc's fork takes locks.
+                match libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) {
+                    0 => {}
+                    -1 => self.report(errno()),
+                    _ => libc::_exit(0),
+                }
+            }
             let root = c"/";
             libc::chdir(root.as_ptr());
             libc::umask(0o022);
@@ -99,19 +117,22 @@ impl Program<'_> {
             libc::sigemptyset(&raw mut none);
             libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
             libc::execve(self.path.as_ptr(), argv.as_ptr(), envp.as_ptr());
-            let reason = errno_text(errno());
-            let (report, prefix) = &self.on_failure;
-            let parts = [
-                libc::iovec {
-                    iov_base: prefix.as_ptr().cast_mut().cast(),
-                    iov_len: prefix.len(),
-                },
-                libc::iovec {
-                    iov_base: reason.as_ptr().cast_mut().cast(),
-                    iov_len: reason.len(),
-                },
-            ];
-            libc::writev(*report, parts.as_ptr(), 2);
+            self.report(errno())
+        }
+    }
+
+    /// # Safety
+    /// Only in a freshly forked child whose descriptors are placed.
+    unsafe fn report(&self, number: c_int) -> ! {
+        let reason = errno_text(number);
+        let (target, prefix) = &self.on_failure;
+        let parts = [prefix.as_slice(), reason.as_bytes()].map(|part| libc::iovec {
+            iov_base: part.as_ptr().cast_mut().cast(),
+            iov_len: part.len(),
+        });
+        // SAFETY: two live slices; async-signal-safe.
+        unsafe {
+            libc::writev(*target, parts.as_ptr(), 2);
             libc::_exit(127)
         }
     }

@@ -214,7 +214,7 @@ fn last_words(link: &Link) -> Failure {
     match words {
         Some(Answer::Error { code, text }) => Failure { code, text },
         _ => Failure::new(
-            "the node's helper ended early\nhint: its own messages are where 'log=' in plugstack.conf says",
+            "the node's helper ended early\nhint: an admin finds its messages in the file that 'log=' in plugstack.conf names",
         ),
     }
 }
@@ -237,13 +237,16 @@ fn enter(spank: Spank, namespace: &OwnedFd, ready: &Ready) -> Result<(), Failure
     mark(spank);
     // Nothing of Slurm's or libc's that looks at files may be called from here on.
     caps::enter(namespace.as_fd(), &cwd).map_err(|caps::Failed(what, number)| {
-        let mut failure = cannot(what, number);
-        if what == "enter the working directory" {
-            failure.text.extend_from_slice(b" '");
-            failure.text.extend_from_slice(&ready.cwd);
-            failure.text.extend_from_slice(b"'\nhint: name one with --container-workdir=PATH, or mount it with --container-mounts");
+        if what != caps::CHDIR {
+            return cannot(what, number);
         }
-        failure
+        let cwd = String::from_utf8_lossy(&ready.cwd);
+        let reason = errno_text(number);
+        let text = format!(
+            "cannot enter the working directory '{cwd}': {reason}\n\
+             hint: name another with --container-workdir=PATH, or mount it with --container-mounts={cwd}"
+        );
+        only_first(spank, Failure::new(text))
     })
 }
 
