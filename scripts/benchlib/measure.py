@@ -144,6 +144,6 @@ def describe_machine():
 
 def version(*argv):
     """The first line a program says about its version, from either stream."""
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=os.environ | {"USER": "root"})
     lines = (done.stdout + done.stderr).strip().splitlines()
     return lines[0] if lines else "unknown"
