@@ -5,11 +5,55 @@
 //! can be left behind.
 
 mod channel;
+mod environment;
+mod finder;
+mod mounts;
 mod opener;
+mod prepared;
+mod refusal;
+mod sealed;
+mod slurm;
+mod step;
+mod submit;
 mod sys;
 mod text;
+mod trusted;
 mod user;
 pub mod view;
+mod wanted;
+mod wire;
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
 
 pub use opener::OpenError;
 pub use user::{Account, User};
+
+/// `berth-runtime step`: serves the step whose plugin holds the other end of descriptor 3.
+pub fn step() -> ExitCode {
+    let served = sys::inherited(3).and_then(|socket| step::run(channel::Channel::from_fd(socket)));
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let line = format!("berth: the plugin's socket, descriptor 3: {error}\n");
+            let _ = io::stderr().write_all(line.as_bytes());
+            ExitCode::from(refusal::code::INTERNAL)
+        }
+    }
+}
+
+/// `berth-runtime submit`: prints `pin REFERENCE DIGEST` when the daemon has pinned the image.
+pub fn submit(config: &Path, reference: &str) -> ExitCode {
+    match submit::run(config, reference) {
+        Ok(lines) => {
+            let _ = io::stdout().write_all(lines.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(submit::Silent::Backoff) => ExitCode::from(refusal::code::UNAVAILABLE),
+        Err(submit::Silent::Told(refusal)) => {
+            let _ = writeln!(io::stderr(), "{}", refusal.text());
+            ExitCode::from(refusal.code)
+        }
+    }
+}

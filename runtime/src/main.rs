@@ -1,1 +1,35 @@
-fn main(){}
+//! `berth-runtime`: what Slurm's plugin starts. People use `berth`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Containers for Slurm steps: the helper that the plugin starts.
+#[derive(Debug, Parser)]
+#[command(name = "berth-runtime", version, about, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Build the containers of one step on this node (as root; the plugin holds the other end of descriptor 3)
+    Step,
+    /// Check a reference, and have the daemon pin and prefetch it (as the user, on a login node)
+    Submit {
+        /// The site's configuration
+        #[arg(long, value_name = "FILE", default_value = berth_config::DEFAULT_PATH)]
+        config: PathBuf,
+        /// The image, as the user typed it
+        reference: String,
+    },
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().command {
+        Command::Step => berth_runtime::step(),
+        Command::Submit { config, reference } => berth_runtime::submit(&config, &reference),
+    }
+}

@@ -91,7 +91,10 @@ impl Opener {
     pub(crate) fn places(&mut self, paths: &[&Path]) -> Vec<Result<OwnedFd, OpenError>> {
         let sent: Vec<_> = paths.iter().map(|p| self.send(Ask::Place, p)).collect();
         sent.into_iter()
-            .map(|sent| sent.and_then(|()| self.answer()).and_then(Answer::descriptor))
+            .map(|sent| {
+                sent.and_then(|()| self.answer())
+                    .and_then(Answer::descriptor)
+            })
             .collect()
     }
 

@@ -76,6 +76,12 @@ pub(crate) fn die_after(seconds: u32) {
     }
 }
 
+/// Lets the kernel end this process when the one that forked it ends.
+pub(crate) fn die_with_parent() {
+    // No failure is possible but a signal that does not exist.
+    let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+}
+
 /// Takes over a descriptor that this program was started with.
 pub(crate) fn inherited(number: i32) -> io::Result<OwnedFd> {
     // SAFETY: F_SETFD touches the descriptor's flags only, and tells whether it is open.

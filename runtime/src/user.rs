@@ -15,19 +15,26 @@ pub struct User {
     pub groups: Vec<u32>,
 }
 
-/// What the node's account database says of a user. Names of groups in the order of [`User::groups`].
+/// What the node's account database says of a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Account {
     pub name: String,
     pub home: PathBuf,
+    /// The user's groups, the primary one first.
     pub groups: Vec<(u32, String)>,
+    /// Other users that programs in the container look up by name: Slurm's.
+    pub others: Vec<(String, u32, u32)>,
 }
 
 impl User {
     /// Turns this process wholly into the user: no identity, capability or group of root's is left, none can come
     /// back, and the user cannot trace it. There is no way back.
     pub(crate) fn become_for_good(&self) -> io::Result<()> {
-        let raw = |id: u32| (id != u32::MAX).then_some(id).ok_or(io::ErrorKind::InvalidInput);
+        let raw = |id: u32| {
+            (id != u32::MAX)
+                .then_some(id)
+                .ok_or(io::ErrorKind::InvalidInput)
+        };
         let uid = Uid::from_raw(raw(self.uid)?);
         let gid = Gid::from_raw(raw(self.gid)?);
         let mut groups = Vec::with_capacity(self.groups.len());
@@ -52,8 +59,9 @@ impl User {
         Ok(())
     }
 
-    /// Asks the account database, as whoever this process is. Users it does not know get a name made of their number.
-    pub(crate) fn look_up(&self) -> Account {
+    /// Asks the account database, as whoever this process is, for this user and for `others`. Users it does not know
+    /// get a name made of their number.
+    pub(crate) fn look_up(&self, others: &[String]) -> Account {
         let entry = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(self.uid));
         let (name, home) = match entry {
             Ok(Some(entry)) => (entry.name, entry.dir),
@@ -71,6 +79,17 @@ impl User {
             };
             groups.push((*gid, name));
         }
-        Account { name, home, groups }
+        let others = others
+            .iter()
+            .filter_map(|name| nix::unistd::User::from_name(name).ok().flatten())
+            .map(|u| (u.name, u.uid.as_raw(), u.gid.as_raw()))
+            .filter(|(_, uid, _)| *uid != self.uid)
+            .collect();
+        Account {
+            name,
+            home,
+            groups,
+            others,
+        }
     }
 }

@@ -41,8 +41,7 @@ impl Stage {
             mkdirat(&tmpfs, name, Mode::from(0o755)).map_err(step("make a folder on a tmpfs"))?;
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let layer =
-            openat(&tmpfs, "layer", flags, Mode::empty()).map_err(step("open a folder"))?;
+        let layer = openat(&tmpfs, "layer", flags, Mode::empty()).map_err(step("open a folder"))?;
         let writable = writable_bytes.is_some();
         Ok(Stage {
             tmpfs,

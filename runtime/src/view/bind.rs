@@ -9,7 +9,7 @@ use rustix::mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, move_mount, o
 
 use super::error::at;
 use super::{Spot, ViewError, inside};
-use crate::opener::Opener;
+use crate::opener::{OpenError, Opener};
 use crate::sys::mount_set_attributes;
 
 /// A bind, as asked for.
@@ -47,7 +47,7 @@ pub enum IfAbsent {
     Fail,
     /// Go on without it if there is nothing of that name.
     Skip,
-    /// Go on without it, whatever the reason.
+    /// Go on without it, whatever the reason; but not when its filesystem hangs.
     SkipAny,
 }
 
@@ -69,7 +69,8 @@ pub(super) fn open_sources<'a>(
         let source = match answer {
             Ok(source) => source,
             Err(e) if bind.if_absent == IfAbsent::Skip && e.is_absent() => continue,
-            Err(_) if bind.if_absent == IfAbsent::SkipAny => continue,
+            // What does not answer now would not answer the job either.
+            Err(OpenError::Refused(_)) if bind.if_absent == IfAbsent::SkipAny => continue,
             Err(source) => {
                 return Err(ViewError::Source {
                     what: bind.what,

@@ -50,7 +50,10 @@ pub enum ViewError {
         found: &'static str,
     },
     /// `--container-workdir` leads nowhere.
-    #[error("cannot use `{}` as the working directory in the container: {source}", shown(path))]
+    #[error(
+        "cannot use `{}` as the working directory in the container: {source}",
+        shown(path)
+    )]
     Workdir {
         path: PathBuf,
         #[source]

@@ -64,6 +64,10 @@ fn passwd(spec: &ViewSpec, image: BorrowedFd<'_>, etc: &Path) -> Vec<u8> {
     let home = field(spec.account.home.as_os_str().as_bytes());
     let (uid, gid) = (spec.user.uid, spec.user.gid);
     let mut text = format!("{name}:x:{uid}:{gid}:{name}:{home}:{shell}\n").into_bytes();
+    for (name, uid, gid) in &spec.account.others {
+        let name = field(name.as_bytes());
+        text.extend(format!("{name}:x:{uid}:{gid}:{name}:/:/bin/false\n").into_bytes());
+    }
     text.extend(of_image(image, &etc.join("passwd")));
     text
 }
@@ -82,7 +86,9 @@ fn group(spec: &ViewSpec, image: BorrowedFd<'_>, etc: &Path) -> Vec<u8> {
 /// One field of a line: what would end it is left out.
 fn field(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
-    text.chars().filter(|c| *c != ':' && !c.is_control()).collect()
+    text.chars()
+        .filter(|c| *c != ':' && !c.is_control())
+        .collect()
 }
 
 /// The image's own lines, or nothing.

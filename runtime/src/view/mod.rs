@@ -82,8 +82,12 @@ pub fn build(
         bind::attach(root.as_fd(), open, spot, tree)?;
     }
 
-    let namespace = open("/proc/thread-self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(step("open the new mount namespace"))?;
+    let namespace = open(
+        "/proc/thread-self/ns/mnt",
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(step("open the new mount namespace"))?;
     assemble::change_root(root)?;
     let cwd = working_directory(spec, &mut opener)?;
     Ok(View { namespace, cwd })
@@ -122,7 +126,11 @@ fn working_directory(spec: &ViewSpec, opener: &mut Opener) -> Result<PathBuf, Vi
 }
 
 /// An `O_PATH` descriptor below `root`, which no name can leave: symbolic links, absolute ones too, stay inside.
-fn inside(root: BorrowedFd<'_>, path: impl AsRef<Path>, flags: OFlags) -> Result<OwnedFd, rustix::io::Errno> {
+fn inside(
+    root: BorrowedFd<'_>,
+    path: impl AsRef<Path>,
+    flags: OFlags,
+) -> Result<OwnedFd, rustix::io::Errno> {
     use rustix::fs::ResolveFlags;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     let flags = flags | OFlags::CLOEXEC;

@@ -8,9 +8,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{
-    AtFlags, Gid, Mode, OFlags, Uid, chmodat, chownat, fstat, mkdirat, openat,
-};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid, chmodat, chownat, fstat, mkdirat, openat};
 
 use super::error::at;
 use super::generated::GeneratedFile;
@@ -28,7 +26,8 @@ pub(super) fn make(
     for path in missing.keys().chain(files.iter().map(|f| &f.path)) {
         folders.extend(path.ancestors().skip(1));
     }
-    let whole = |(path, kind): (&'_ PathBuf, &Missing)| (*kind == Missing::Folder).then(|| path.clone());
+    let whole =
+        |(path, kind): (&'_ PathBuf, &Missing)| (*kind == Missing::Folder).then(|| path.clone());
     let leaves: Vec<PathBuf> = missing.iter().filter_map(whole).collect();
     folders.extend(leaves.iter().map(PathBuf::as_path));
     for path in folders {
@@ -58,8 +57,21 @@ fn make_folder(layer: BorrowedFd<'_>, image: BorrowedFd<'_>, path: &Path) -> Res
     if let Ok(original) = inside(image, place, flags) {
         let stat = fstat(original).map_err(fail)?;
         let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-        chownat(layer, place, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
-        chmodat(layer, place, Mode::from_raw_mode(stat.st_mode), AtFlags::empty()).map_err(fail)?;
+        chownat(
+            layer,
+            place,
+            Some(uid),
+            Some(gid),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .map_err(fail)?;
+        chmodat(
+            layer,
+            place,
+            Mode::from_raw_mode(stat.st_mode),
+            AtFlags::empty(),
+        )
+        .map_err(fail)?;
     }
     Ok(())
 }

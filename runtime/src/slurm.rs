@@ -1,0 +1,223 @@
+//! Slurm's client in the container: which files of the node's it takes, so that `srun` works in a job's script.
+//!
+//! Which shared libraries the commands need is found out once a boot, and kept in the run folder.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use berth_config::Slurm;
+
+use crate::mounts::own_path;
+use crate::view::{Bind, IfAbsent, Kind};
+
+const COMMANDS: [&str; 15] = [
+    "srun", "sbatch", "salloc", "scancel", "squeue", "scontrol", "sinfo", "sacct", "sacctmgr",
+    "sattach", "sbcast", "sprio", "sreport", "sshare", "sstat",
+];
+const LIB_DIRS: [&str; 3] = [
+    "/usr/lib/x86_64-linux-gnu/slurm-wlm",
+    "/usr/lib64/slurm",
+    "/usr/lib/slurm",
+];
+/// Plugins that clients load; the first letters of their names.
+const PLUGINS: [&str; 8] = [
+    "auth_",
+    "cred_",
+    "hash_",
+    "mpi_",
+    "select_",
+    "switch_",
+    "tls_",
+    "topology_",
+];
+const LDD: &str = "/usr/bin/ldd";
+const CACHE: &str = "slurm-libraries";
+
+/// What the node's Slurm is like.
+#[derive(Debug)]
+pub(crate) struct Client<'a> {
+    config: &'a Slurm,
+    conf_dir: PathBuf,
+    settings: String,
+}
+
+impl<'a> Client<'a> {
+    /// Reads `slurm.conf`; a node without one has defaults.
+    pub(crate) fn new(config: &'a Slurm) -> Self {
+        let from_slurmd = || {
+            let file = PathBuf::from(std::env::var_os("SLURM_CONF")?);
+            file.parent()
+                .filter(|p| p.is_absolute())
+                .map(Path::to_owned)
+        };
+        let conf_dir = (config.conf_dir.clone())
+            .or_else(from_slurmd)
+            .unwrap_or_else(|| {
+                let usual = [Path::new("/etc/slurm"), Path::new("/run/slurm/conf")];
+                let found = usual.iter().find(|d| d.join("slurm.conf").exists());
+                found.unwrap_or(&usual[0]).to_path_buf()
+            });
+        let settings = fs::read_to_string(conf_dir.join("slurm.conf")).unwrap_or_default();
+        Client {
+            config,
+            conf_dir,
+            settings,
+        }
+    }
+
+    /// Users that Slurm's commands look up by name.
+    pub(crate) fn users(&self) -> Vec<String> {
+        let user = self.setting("SlurmUser").unwrap_or("root");
+        vec![user.to_owned()]
+    }
+
+    /// The binds. Whatever a node lacks is left out.
+    pub(crate) fn binds(&self, run_dir: &Path, munge_socket: Option<&Path>) -> Vec<Bind> {
+        if !self.config.client {
+            return Vec::new();
+        }
+        let lib_dir = self.lib_dir();
+        let srun = self.config.bin_dir.join("srun");
+        let munge_dir = self.munge_dir(munge_socket);
+        let mut binds = Vec::new();
+        let mut add = |what, path: &Path, kind| {
+            binds.push(own_path(what, path, kind, IfAbsent::SkipAny));
+        };
+        for command in COMMANDS {
+            add(
+                "Slurm's command",
+                &self.config.bin_dir.join(command),
+                Kind::Ordinary,
+            );
+        }
+        add("Slurm's configuration", &self.conf_dir, Kind::Ordinary);
+        add("munge's socket", &munge_dir, Kind::Ordinary);
+        if let Some(lib_dir) = &lib_dir {
+            add("Slurm's libraries", lib_dir, Kind::Ordinary);
+            for library in libraries(run_dir, &srun, lib_dir) {
+                add("Slurm's library", &library, Kind::Fallback);
+            }
+        }
+        binds
+    }
+
+    fn lib_dir(&self) -> Option<PathBuf> {
+        let configured = self.config.lib_dir.clone();
+        configured.or_else(|| {
+            let mut usual = LIB_DIRS.iter().map(PathBuf::from);
+            usual.find(|d| d.is_dir())
+        })
+    }
+
+    /// Where munged listens for this Slurm: its AuthInfo, else the site's, else the usual place.
+    fn munge_dir(&self, site: Option<&Path>) -> PathBuf {
+        let from_slurm = self.setting("AuthInfo").and_then(|info| {
+            let mut options = info.split(',');
+            options.find_map(|o| o.strip_prefix("socket="))
+        });
+        let socket = from_slurm.map(Path::new).or(site);
+        let folder = socket.and_then(Path::parent).filter(|p| p.is_absolute());
+        folder.unwrap_or(Path::new("/run/munge")).to_owned()
+    }
+
+    /// The value of a parameter; names are in any case.
+    fn setting(&self, name: &str) -> Option<&str> {
+        self.settings.lines().find_map(|line| {
+            let line = line.split('#').next()?;
+            let (key, value) = line.split_once('=')?;
+            let value = value.trim().trim_matches('"');
+            (key.trim().eq_ignore_ascii_case(name) && !value.is_empty()).then_some(value)
+        })
+    }
+}
+
+/// Shared libraries of the commands and plugins, other than Slurm's own.
+fn libraries(run_dir: &Path, srun: &Path, lib_dir: &Path) -> Vec<PathBuf> {
+    let Ok(stamp) = stamp(srun, lib_dir) else {
+        return Vec::new();
+    };
+    let cache = run_dir.join(CACHE);
+    if let Ok(text) = fs::read_to_string(&cache)
+        && let Some(rest) = text.strip_prefix(&stamp)
+    {
+        return rest.lines().map(PathBuf::from).collect();
+    }
+    let found = ask_the_linker(srun, lib_dir).unwrap_or_default();
+    let lines: Vec<&str> = found.iter().filter_map(|p| p.to_str()).collect();
+    // Two steps of one boot may both write: each writes the same, and a rename is whole.
+    let temporary = run_dir.join(format!("{CACHE}.{}", std::process::id()));
+    if fs::write(&temporary, format!("{stamp}{}\n", lines.join("\n"))).is_ok() {
+        let _ = fs::rename(&temporary, &cache);
+    }
+    found
+}
+
+/// Changes whenever Slurm is installed anew.
+fn stamp(srun: &Path, lib_dir: &Path) -> io::Result<String> {
+    let (srun, libs) = (fs::metadata(srun)?, fs::metadata(lib_dir)?);
+    let srun = (srun.ino(), srun.size(), srun.mtime(), srun.mtime_nsec());
+    Ok(format!("{srun:?} {} {}\n", libs.mtime(), libs.mtime_nsec()))
+}
+
+fn ask_the_linker(srun: &Path, lib_dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut command = Command::new(LDD);
+    command.arg(srun).env_clear().stdin(Stdio::null());
+    for entry in fs::read_dir(lib_dir)?.flatten() {
+        let name = entry.file_name();
+        let wanted = |n: &str| n.ends_with(".so") && PLUGINS.iter().any(|p| n.starts_with(p));
+        if name.to_str().is_some_and(wanted) {
+            command.arg(entry.path());
+        }
+    }
+    let output = command.output()?;
+    Ok(listed(&String::from_utf8_lossy(&output.stdout), lib_dir))
+}
+
+/// The paths in ldd's output: `NAME => PATH (0x…)` or `PATH (0x…)`, each file under a line `FILE:`.
+fn listed(text: &str, lib_dir: &Path) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    for line in text.lines().filter(|l| l.starts_with('\t')) {
+        let line = line.rsplit("=> ").next().unwrap_or(line).trim();
+        let Some((path, _)) = line.split_once(" (") else {
+            continue;
+        };
+        let path = PathBuf::from(path);
+        if path.is_absolute() && !path.starts_with(lib_dir) && !found.contains(&path) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ldd_is_understood() {
+        let text = "/usr/bin/srun:\n\tlinux-vdso.so.1 (0x00)\n\tlibslurmfull.so => /l/slurm-wlm/libslurmfull.so (0x01)\n\
+            \tlibc.so.6 => /lib/libc.so.6 (0x02)\n\tlibx.so => not found\n\t/lib64/ld.so (0x03)\n\
+            /l/a.so:\n\tlibc.so.6 => /lib/libc.so.6 (0x02)\n";
+        let paths = listed(text, Path::new("/l/slurm-wlm"));
+        assert_eq!(
+            paths,
+            [Path::new("/lib/libc.so.6"), Path::new("/lib64/ld.so")]
+        );
+    }
+
+    #[test]
+    fn settings_are_found_as_slurm_reads_them() {
+        let config = Slurm::default();
+        let client = Client {
+            config: &config,
+            conf_dir: "/x".into(),
+            settings: "# SlurmUser=no\nslurmuser = ops # yes\nAuthInfo=socket=/s/m/sock,ttl=5\n"
+                .into(),
+        };
+        assert_eq!(client.users(), ["ops"]);
+        assert_eq!(client.munge_dir(None), Path::new("/s/m"));
+    }
+}

@@ -1,0 +1,440 @@
+//! One step on one node: a loop that waits for tasks, the image and finished views, and answers.
+//!
+//! It never waits for anything but events. What may hang (the store, the daemon, users' filesystems) hangs in a child;
+//! what takes long has a deadline. It ends when the plugin's end of the socket closes, and everything ends with it:
+//! children by their parent's death, namespaces and loop devices with the last descriptor.
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::fstat;
+use rustix::io::Errno;
+
+use crate::channel::{Channel, Packet};
+use crate::finder::{self, Search, tag};
+use crate::prepared::{Image, Prepared};
+use crate::refusal::{Refusal, code};
+use crate::sys::{self, Child};
+use crate::user::Account;
+use crate::view::{self, ViewSpec};
+use crate::wire::{Assembler, Body, Fields, Job};
+
+/// How long the building of a view may take. Opening users' paths has shorter limits of its own.
+const BUILDING: Duration = Duration::from_secs(60);
+
+/// A child and the way to it.
+struct Running {
+    channel: Channel,
+    assembler: Assembler,
+    _child: Child,
+    deadline: Instant,
+}
+
+/// A task that waits for its answer.
+struct Task {
+    id: u32,
+    channel: Channel,
+    view: usize,
+}
+
+/// A mount namespace that tasks came from, and their directory.
+#[derive(PartialEq, Eq)]
+struct Place {
+    device: u64,
+    inode: u64,
+    cwd: PathBuf,
+}
+
+/// What became of one place.
+enum ViewState {
+    Asked(OwnedFd),
+    Building(Running),
+    Ready { namespace: OwnedFd, cwd: PathBuf },
+    Failed(Refusal),
+}
+
+/// What is known of the image.
+enum ImageState {
+    NoJob,
+    Searching(Running),
+    Ready(Box<Image>),
+    Failed(Refusal),
+}
+
+struct Step {
+    parent: Channel,
+    job: Assembler,
+    prepared: Option<Box<Prepared>>,
+    account: Option<Account>,
+    image: ImageState,
+    views: Vec<(Place, ViewState)>,
+    tasks: Vec<Task>,
+    progress: Option<Vec<u8>>,
+    /// A refusal's text goes to one task of the node; the others end without a word.
+    told: bool,
+    started: Instant,
+}
+
+/// Serves the step whose plugin holds the other end of `parent`, until that closes.
+pub(crate) fn run(parent: Channel) -> io::Result<()> {
+    let mut step = Step {
+        parent,
+        job: Assembler::default(),
+        prepared: None,
+        account: None,
+        image: ImageState::NoJob,
+        views: Vec::new(),
+        tasks: Vec::new(),
+        progress: None,
+        told: false,
+        started: Instant::now(),
+    };
+    while step.turn()? {}
+    Ok(())
+}
+
+impl Step {
+    /// Waits for one round of events and deals with them; false at the end.
+    fn turn(&mut self) -> io::Result<bool> {
+        let (parent, image, views) = self.wait()?;
+        if image {
+            self.hear_finder();
+        }
+        for index in views {
+            self.hear_builder(index);
+        }
+        if parent && !self.hear_parent()? {
+            return Ok(false);
+        }
+        self.end_what_is_late();
+        self.build_views();
+        self.answer_tasks();
+        Ok(true)
+    }
+
+    /// Which of the parent, the finder and the builders have something to say.
+    fn wait(&self) -> io::Result<(bool, bool, Vec<usize>)> {
+        let mut fds = vec![PollFd::new(&self.parent, PollFlags::IN)];
+        let mut deadline: Option<Instant> = None;
+        let searching = match &self.image {
+            ImageState::Searching(running) => Some(running),
+            _ => None,
+        };
+        let building: Vec<(usize, &Running)> = (self.views.iter().enumerate())
+            .filter_map(|(index, (_, state))| match state {
+                ViewState::Building(running) => Some((index, running)),
+                _ => None,
+            })
+            .collect();
+        for running in searching
+            .into_iter()
+            .chain(building.iter().map(|(_, r)| *r))
+        {
+            fds.push(PollFd::new(&running.channel, PollFlags::IN));
+            deadline = Some(deadline.map_or(running.deadline, |d| d.min(running.deadline)));
+        }
+        let timeout = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+        let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let mut ready = fds.iter().map(|fd| !fd.revents().is_empty());
+        let parent = ready.next().unwrap_or(false);
+        let image = searching.is_some() && ready.next().unwrap_or(false);
+        let views = building.iter().zip(ready).filter(|(_, ready)| *ready);
+        Ok((parent, image, views.map(|((index, _), _)| *index).collect()))
+    }
+
+    /// A job or a task; false when the plugin's end is closed.
+    fn hear_parent(&mut self) -> io::Result<bool> {
+        let Some(packet) = self.parent.receive()? else {
+            return Ok(false);
+        };
+        match packet.bytes.first() {
+            Some(b'J' | b'j') => match self.job.push(b'J', &packet.bytes) {
+                Ok(None) => {}
+                Ok(Some(body)) => self.start(&body),
+                Err(error) => self.fail(foul(&error)),
+            },
+            _ => self.take_task(packet),
+        }
+        Ok(true)
+    }
+
+    fn start(&mut self, body: &[u8]) {
+        let found = Job::parse(body)
+            .map_err(|e| foul(&e))
+            .and_then(Prepared::new)
+            .and_then(|prepared| {
+                let running = search(&prepared)?;
+                Ok((prepared, running))
+            });
+        match found {
+            Ok((prepared, running)) => {
+                self.prepared = Some(Box::new(prepared));
+                self.image = ImageState::Searching(running);
+            }
+            Err(refusal) => self.fail(refusal),
+        }
+    }
+
+    fn take_task(&mut self, packet: Packet) {
+        let Ok([channel, namespace]) = <[OwnedFd; 2]>::try_from(packet.descriptors) else {
+            return;
+        };
+        let channel = Channel::from_fd(channel);
+        let fields = Fields(packet.bytes.get(1..).unwrap_or_default());
+        let Ok(stat) = fstat(&namespace) else { return };
+        let place = Place {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            cwd: fields.path("cwd").unwrap_or_default(),
+        };
+        let known = self.views.iter().position(|(p, _)| *p == place);
+        let view = known.unwrap_or_else(|| {
+            self.views.push((place, ViewState::Asked(namespace)));
+            self.views.len() - 1
+        });
+        if let Some(progress) = &self.progress {
+            let _ = channel.send(progress, &[]);
+        }
+        self.tasks.push(Task {
+            id: fields.number("task").unwrap_or_default(),
+            channel,
+            view,
+        });
+    }
+
+    fn hear_finder(&mut self) {
+        let ImageState::Searching(running) = &mut self.image else {
+            return;
+        };
+        let packet = match running.channel.receive() {
+            Ok(Some(packet)) => packet,
+            Ok(None) | Err(_) => {
+                return self.fail(ended("the process that looks for the image"));
+            }
+        };
+        let tag = packet.bytes.first().copied().unwrap_or_default();
+        if tag == tag::PROGRESS {
+            let text = String::from_utf8_lossy(&packet.bytes[1..]);
+            let text = crate::text::one_line(&text);
+            let packet = [b"P", text.as_bytes()].concat();
+            for task in &self.tasks {
+                let _ = task.channel.send(&packet, &[]);
+            }
+            self.progress = Some(packet);
+            return;
+        }
+        let upper = tag.to_ascii_uppercase();
+        let body = match running.assembler.push(upper, &packet.bytes) {
+            Ok(Some(body)) => body,
+            Ok(None) => return,
+            Err(error) => return self.fail(foul(&error)),
+        };
+        match upper {
+            tag::ACCOUNT => self.account = Some(account(&body)),
+            tag::FOUND => self.found(&body, packet.descriptors),
+            _ => self.fail(Refusal::from_body(&body)),
+        }
+    }
+
+    fn found(&mut self, body: &[u8], descriptors: Vec<OwnedFd>) {
+        let (Some(prepared), Some(data)) = (&self.prepared, descriptors.into_iter().next()) else {
+            return self.fail(ended("the process that looks for the image"));
+        };
+        match prepared.mount(Fields(body), data) {
+            Ok(image) => self.image = ImageState::Ready(Box::new(image)),
+            Err(refusal) => self.fail(refusal),
+        }
+    }
+
+    fn build_views(&mut self) {
+        let (ImageState::Ready(image), Some(prepared), Some(account)) =
+            (&mut self.image, &self.prepared, &self.account)
+        else {
+            return;
+        };
+        for (place, state) in &mut self.views {
+            let ViewState::Asked(namespace) = state else {
+                continue;
+            };
+            let spec = prepared.view(account, image, &place.cwd);
+            let built = spec.and_then(|spec| build(&spec, namespace, image));
+            *state = match built {
+                Ok(running) => ViewState::Building(running),
+                Err(refusal) => ViewState::Failed(refusal),
+            };
+        }
+    }
+
+    fn hear_builder(&mut self, index: usize) {
+        let (_, state) = &mut self.views[index];
+        let ViewState::Building(running) = state else {
+            return;
+        };
+        let gone = || ViewState::Failed(ended("the process that builds the view"));
+        let packet = match running.channel.receive() {
+            Ok(Some(packet)) => packet,
+            Ok(None) | Err(_) => {
+                *state = gone();
+                return;
+            }
+        };
+        let body = packet.bytes.get(1..).unwrap_or_default();
+        let namespace = packet.descriptors.into_iter().next();
+        *state = match (packet.bytes.first(), namespace, Fields(body).path("cwd")) {
+            (Some(b'R'), Some(namespace), Some(cwd)) => ViewState::Ready { namespace, cwd },
+            (Some(b'E'), ..) => ViewState::Failed(Refusal::from_body(body)),
+            _ => gone(),
+        };
+    }
+
+    fn end_what_is_late(&mut self) {
+        let now = Instant::now();
+        if matches!(&self.image, ImageState::Searching(r) if now >= r.deadline) {
+            let line = "the image did not arrive in time";
+            self.fail(
+                Refusal::new(code::UNAVAILABLE, line)
+                    .hint("`berth pulls` shows how it stands; submit again when it is there"),
+            );
+        }
+        for (_, state) in &mut self.views {
+            if matches!(state, ViewState::Building(r) if now >= r.deadline) {
+                let line = "the container was not ready in time: a filesystem does not answer";
+                *state = ViewState::Failed(Refusal::new(code::UNAVAILABLE, line));
+            }
+        }
+    }
+
+    /// Answers every task whose view is decided.
+    fn answer_tasks(&mut self) {
+        let tasks = std::mem::take(&mut self.tasks);
+        for task in tasks {
+            let refusal = match (&self.image, &self.views[task.view].1) {
+                (ImageState::Failed(refusal), _) | (_, ViewState::Failed(refusal)) => refusal,
+                (ImageState::Ready(image), ViewState::Ready { namespace, cwd }) => {
+                    let mut body = Body::default().path("cwd", cwd);
+                    for variable in &image.environment {
+                        body = body.field("env", variable.as_bytes());
+                    }
+                    let sent = body.send(&task.channel, b'R', &[namespace.as_fd()]);
+                    self.log(&task, if sent.is_ok() { "ready" } else { "gone" });
+                    continue;
+                }
+                _ => {
+                    self.tasks.push(task);
+                    continue;
+                }
+            };
+            let text = if self.told {
+                String::new()
+            } else {
+                refusal.text()
+            };
+            let body = Body::default()
+                .field("code", refusal.code.to_string().as_bytes())
+                .field("text", text.as_bytes());
+            self.log(&task, &refusal.text());
+            if body.send(&task.channel, b'E', &[]).is_ok() {
+                self.told = true;
+            }
+        }
+    }
+
+    fn fail(&mut self, refusal: Refusal) {
+        self.image = ImageState::Failed(refusal);
+    }
+
+    /// One line to the plugin's log, where it has one.
+    fn log(&self, task: &Task, outcome: &str) {
+        let job = self.prepared.as_ref().map_or(0, |p| p.job.job);
+        let uid = self.prepared.as_ref().map_or(0, |p| p.job.user.uid);
+        let ms = self.started.elapsed().as_millis();
+        let outcome = outcome.replace('\n', " ");
+        let line = format!("job={job} task={} uid={uid} ms={ms} {outcome}\n", task.id);
+        let _ = io::stderr().write_all(line.as_bytes());
+    }
+}
+
+fn search(prepared: &Prepared) -> Result<Running, Refusal> {
+    let failed =
+        |e: io::Error| Refusal::new(code::INTERNAL, format!("cannot start a process: {e}"));
+    let (ours, theirs) = Channel::pair().map_err(failed)?;
+    let search = Search {
+        job: &prepared.job,
+        config: &prepared.config,
+        keys: &prepared.keys,
+        wanted: &prepared.wanted,
+        users: &prepared.slurm_users,
+    };
+    let child = sys::fork(|| i32::from(finder::run(&search, &theirs).is_err())).map_err(failed)?;
+    Ok(Running {
+        channel: ours,
+        assembler: Assembler::default(),
+        _child: child,
+        deadline: Instant::now() + Duration::from_secs(prepared.config.node.wait_s),
+    })
+}
+
+fn build(spec: &ViewSpec, namespace: &OwnedFd, image: &mut Image) -> Result<Running, Refusal> {
+    let failed =
+        |e: io::Error| Refusal::new(code::INTERNAL, format!("cannot start a process: {e}"));
+    let mount = image.take_mount()?;
+    let (ours, theirs) = Channel::pair().map_err(failed)?;
+    let child = sys::fork(move || {
+        sys::die_with_parent();
+        let sent = match view::build(spec, namespace.as_fd(), mount) {
+            Ok(view) => Body::default().path("cwd", &view.cwd).send_wait(
+                &theirs,
+                b'R',
+                &[view.namespace.as_fd()],
+            ),
+            Err(error) => Refusal::from(error).body().send_wait(&theirs, b'E', &[]),
+        };
+        i32::from(sent.is_err())
+    })
+    .map_err(failed)?;
+    Ok(Running {
+        channel: ours,
+        assembler: Assembler::default(),
+        _child: child,
+        deadline: Instant::now() + BUILDING,
+    })
+}
+
+fn account(body: &[u8]) -> Account {
+    let fields = Fields(body);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let groups = fields.all("group").filter_map(|g| {
+        let g = text(g);
+        let (gid, name) = g.split_once(':')?;
+        Some((gid.parse().ok()?, name.to_owned()))
+    });
+    let others = fields.all("other").filter_map(|o| {
+        let o = text(o);
+        let mut parts = o.splitn(3, ':');
+        let (uid, gid) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+        Some((parts.next()?.to_owned(), uid, gid))
+    });
+    Account {
+        name: text(fields.get("name").unwrap_or_default()),
+        home: fields.path("home").unwrap_or_else(|| PathBuf::from("/")),
+        groups: groups.collect(),
+        others: others.collect(),
+    }
+}
+
+fn foul(error: &crate::wire::WireError) -> Refusal {
+    Refusal::new(code::INTERNAL, format!("the plugin sent {error}"))
+        .hint("plugin and berth-runtime must be of one release: tell the site's admins")
+}
+
+fn ended(what: &str) -> Refusal {
+    Refusal::new(code::INTERNAL, format!("{what} ended without an answer"))
+        .hint("this is the node's fault: tell its admins, `berth doctor` may know more")
+}
