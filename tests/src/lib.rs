@@ -16,4 +16,4 @@ pub use cluster::{Cluster, Options};
 pub use image::Image;
 pub use job::{Job, JobEnd};
 pub use proxy::{Fault, Proxy};
-pub use run::{Ended, Run, wait_until};
+pub use run::{Ended, Run, machine_has, wait_until};

@@ -215,3 +215,24 @@ impl fmt::Debug for Ended {
         fmt::Display::fmt(self, f)
     }
 }
+
+/// Whether the machine has a program that a test wants. Where it has not, that is said in `scripts/test`'s last lines,
+/// and with `CI=true` the test fails.
+///
+/// # Panics
+/// In CI, when the program is missing.
+pub fn machine_has(program: &str, for_what: &str) -> bool {
+    let found = Run::new("which", &[program]).end().code == 0;
+    if !found {
+        let ci = std::env::var("CI").is_ok_and(|value| value == "true");
+        assert!(!ci, "{program} is missing: {for_what}");
+        let line = format!("{program}: {for_what}\n");
+        eprint!("left out: {line}");
+        if let Some(file) = std::env::var_os("BERTH_LEFT_OUT") {
+            use std::io::Write;
+            let file = std::fs::OpenOptions::new().append(true).open(file);
+            let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
+        }
+    }
+    found
+}

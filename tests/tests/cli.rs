@@ -4,7 +4,7 @@ use std::fs;
 
 use berth_tests::cluster::unique;
 use berth_tests::suite::suite;
-use berth_tests::{Cluster, Image, Options, Run};
+use berth_tests::{Cluster, Image, Options, machine_has};
 use serde_json::Value;
 
 fn json(text: &str) -> Value {
@@ -50,8 +50,7 @@ fn path_prints_a_bare_squashfs_that_others_can_use() {
         .user("unsquashfs", &["-cat", path, "etc/os-release"])
         .end();
     assert!(release.ok().contains("VARIANT_ID=path-"), "{release}");
-    let charliecloud = Run::new("which", &["ch-run"]).end();
-    if charliecloud.code == 0 {
+    if machine_has("ch-run", "Charliecloud runs what berth path prints") {
         let ended = suite
             .cluster
             .user("ch-run", &[path, "--", "cat", "/etc/os-release"])
