@@ -1,0 +1,102 @@
+//! `berth path`: the SquashFS file of an image.
+
+use berth_client::api::PullRequest;
+use berth_image::Platform;
+use serde_json::json;
+
+use crate::command::follow;
+use crate::context::{self, Context};
+use crate::error::{Failure, OTHER, UNAVAILABLE};
+use crate::local::{Found, Local, Wanted};
+use crate::progress::Display;
+use crate::{interrupt, output};
+
+pub fn path(context: &Context, image: &str, given: Option<Platform>) -> Result<(), Failure> {
+    let wanted = Wanted::parse(image, context)?;
+    let found = match &wanted {
+        Wanted::Reference(_) => through_daemon(context, image, &wanted, given)?,
+        // A digest alone names no registry: it is in the store or it is not.
+        Wanted::Digest(..) | Wanted::Digits(_) => {
+            let local = Local::open(&context.config)?;
+            let found = local.find(&wanted, given.as_ref())?;
+            let found = found.ok_or_else(|| absent(image))?;
+            local.check_file(&found)?;
+            found
+        }
+    };
+    let path = found.path.display().to_string();
+    match context.json {
+        true => output::json(&json!({
+            "path": path,
+            "digest": found.record.manifest,
+            "platform": found.record.platform,
+        })),
+        false => output::line(&path),
+    }
+}
+
+/// Asks the daemon, which knows whether the tag moved; without it the store's signed entries decide.
+fn through_daemon(
+    context: &Context,
+    image: &str,
+    wanted: &Wanted,
+    given: Option<Platform>,
+) -> Result<Found, Failure> {
+    let display = Display::new(context);
+    let cleaned = display.clone();
+    interrupt::watch(move || cleaned.clear())?;
+    let request = PullRequest {
+        reference: image.to_owned(),
+        platform: given.as_ref().map(ToString::to_string),
+    };
+    let pulled = context
+        .client()
+        .and_then(|client| follow::one(&client, &request, &display));
+    display.clear();
+    let digest = match pulled {
+        Ok(pull) => pull.digest,
+        Err(e) if e.code == UNAVAILABLE => return without_daemon(context, wanted, given, e),
+        Err(e) => return Err(e),
+    };
+    let local = Local::open(&context.config)?;
+    let digest = digest.and_then(|d| d.parse().ok());
+    let digest = digest.ok_or_else(|| Failure::new(70, "the daemon named no digest"))?;
+    let found = local.record(&digest, &context::platform(given))?;
+    let found = found.ok_or_else(|| {
+        Failure::new(
+            UNAVAILABLE,
+            format!("the daemon has published {digest}, but it is not visible in the store here"),
+        )
+        .hint("a network filesystem may take a minute to show it: try again")
+    })?;
+    local.check_file(&found)?;
+    Ok(found)
+}
+
+/// The image that the store's entry names, however old the entry is; the daemon's failure where there is none.
+fn without_daemon(
+    context: &Context,
+    wanted: &Wanted,
+    given: Option<Platform>,
+    failure: Failure,
+) -> Result<Found, Failure> {
+    let local = Local::open(&context.config)?;
+    let Some(found) = local.find(wanted, given.as_ref())? else {
+        return Err(failure);
+    };
+    local.check_file(&found)?;
+    let when = match &found.entry {
+        Some(entry) => output::time(&entry.resolved_at.to_string()),
+        None => "its making".into(),
+    };
+    context.say(&format!(
+        "berth: {}; taking the store's image as of {when}",
+        failure.message
+    ));
+    Ok(found)
+}
+
+fn absent(image: &str) -> Failure {
+    Failure::new(OTHER, format!("`{image}` is not in the store"))
+        .hint("`berth images` lists what is; a reference would be pulled")
+}
