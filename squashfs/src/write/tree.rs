@@ -120,6 +120,21 @@ impl Tree {
         self.xattrs.intern(set)
     }
 
+    /// Replaces what a node has: the root's xattrs can only be interned once there is a tree.
+    pub fn set_meta(&mut self, node: NodeId, meta: Meta) {
+        let Meta {
+            mode,
+            uid,
+            gid,
+            mtime,
+            xattrs,
+        } = meta;
+        if let Some(node) = self.nodes.get_mut(node.0 as usize) {
+            (node.mode, node.uid, node.gid, node.mtime, node.xattrs) =
+                (mode & 0o7777, uid, gid, mtime, xattrs);
+        }
+    }
+
     /// Adds a new node under a name.
     pub fn add(
         &mut self,

@@ -1,0 +1,7 @@
+//! The writer against programs that are not ours.
+
+mod determinism;
+mod failures;
+mod many;
+mod oracle;
+mod shapes;
