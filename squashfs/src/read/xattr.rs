@@ -26,6 +26,11 @@ pub(crate) struct XattrTable {
 }
 
 impl<S: ReadAt> Reader<S> {
+    /// Whether any inode of the image can have extended attributes.
+    pub fn has_xattrs(&self) -> bool {
+        self.xattrs.is_some_and(|table| table.count > 0)
+    }
+
     /// Names of an inode's extended attributes, with their namespaces.
     pub fn xattr_names(&self, inode: &Inode) -> Result<Vec<Vec<u8>>, ReadError> {
         let mut names = Vec::new();

@@ -301,7 +301,7 @@ fn check_pieces<S: ReadAt>(reader: &Reader<S>, inode: &berth_squashfs::read::Ino
     assert_eq!(end, 0);
 }
 
-fn hash(bytes: &[u8]) -> [u8; 32] {
+pub fn hash(bytes: &[u8]) -> [u8; 32] {
     use sha2::Digest;
     sha2::Sha256::digest(bytes).into()
 }

@@ -1,0 +1,208 @@
+//! What the file system is, without the protocol: an image's files by node id.
+//!
+//! A node id is an inode's reference in the image, plus two (0 is nobody and 1 the root), and a place in a folder is a
+//! place in its listing. So there is no table of open files or known inodes: any process that serves the same image
+//! gives the same answers, which is what makes a takeover possible.
+
+use berth_squashfs::read::{EntryBuffer, Inode, InodeType, MetaRef, ReadAt, ReadError, Reader};
+use rustix::io::Errno;
+
+use crate::abi::{Attr, ENTRY_OUT, Put, ROOT_ID, dirent_len};
+
+/// An image served as a file system.
+#[derive(Debug)]
+pub struct ImageFs<S> {
+    reader: Reader<S>,
+    root: MetaRef,
+}
+
+/// Positions of a listing's entries come after those of `.` and `..`.
+const DOTS: u64 = 2;
+
+impl<S: ReadAt> ImageFs<S> {
+    /// Serves what `reader` reads. Fails if the image has no root folder.
+    pub fn new(reader: Reader<S>) -> Result<Self, ReadError> {
+        let root = reader.root()?.reference;
+        Ok(Self { reader, root })
+    }
+
+    /// The image.
+    pub fn reader(&self) -> &Reader<S> {
+        &self.reader
+    }
+
+    fn node(&self, reference: MetaRef) -> u64 {
+        match reference == self.root {
+            true => ROOT_ID,
+            false => reference.to_raw() + 2,
+        }
+    }
+
+    fn inode(&self, node: u64) -> Result<Inode, Errno> {
+        let reference = match node {
+            0 => return Err(Errno::NOENT),
+            ROOT_ID => self.root,
+            _ => MetaRef::from_raw(node - 2).map_err(|_| Errno::STALE)?,
+        };
+        self.reader.inode(reference).map_err(errno)
+    }
+
+    /// The node of `name` in the folder `parent`, and its attributes; `None` if there is no such name.
+    pub fn lookup(&self, parent: u64, name: &[u8]) -> Result<Option<(u64, Attr)>, Errno> {
+        let parent = self.inode(parent)?;
+        let Some(entry) = self.reader.find(&parent, name).map_err(errno)? else {
+            return Ok(None);
+        };
+        let inode = self.reader.inode(entry.inode).map_err(errno)?;
+        Ok(Some((self.node(entry.inode), attr(&inode))))
+    }
+
+    /// A node's attributes.
+    pub fn getattr(&self, node: u64) -> Result<Attr, Errno> {
+        Ok(attr(&self.inode(node)?))
+    }
+
+    /// A symbolic link's target.
+    pub fn readlink(&self, node: u64) -> Result<Vec<u8>, Errno> {
+        let inode = self.inode(node)?;
+        self.reader.read_link(&inode).map_err(errno)
+    }
+
+    /// Contents of a file from `offset` on; fewer bytes than asked for only at its end.
+    pub fn read(&self, node: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
+        let inode = self.inode(node)?;
+        self.reader.read(&inode, offset, buf).map_err(errno)
+    }
+
+    /// Puts entries of a folder into `out`, from the one at `offset` on, as many as fit into `room` bytes; with `plus`
+    /// each comes with what [`Self::lookup`] would say.
+    pub fn readdir(
+        &self,
+        node: u64,
+        offset: u64,
+        room: usize,
+        plus: bool,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
+        let folder = self.inode(node)?;
+        let mut listing = self.reader.read_dir(&folder).map_err(errno)?;
+        let before = out.len();
+        let fits = |out: &Vec<u8>, name: usize| {
+            let len = dirent_len(name) + if plus { ENTRY_OUT } else { 0 };
+            out.len() - before + len <= room
+        };
+        for (at, name) in [(0, &b"."[..]), (1, b"..")] {
+            if offset > at {
+                continue;
+            }
+            if !fits(out, name.len()) {
+                return Ok(());
+            }
+            if plus {
+                // No node: the kernel has these already.
+                out.entry_out(None);
+            }
+            out.dirent(self.dot_number(&folder, at), at + 1, 4, name);
+        }
+        let position = u32::try_from(offset.saturating_sub(DOTS)).unwrap_or(u32::MAX);
+        listing.seek(position).map_err(errno)?;
+        let mut buffer = EntryBuffer::default();
+        while let Some(entry) = listing.next_into(&mut buffer).map_err(errno)? {
+            if !fits(out, entry.name.len()) {
+                break;
+            }
+            if plus {
+                let inode = self.reader.inode(entry.inode).map_err(errno)?;
+                out.entry_out(Some((self.node(entry.inode), attr(&inode))));
+            }
+            out.dirent(
+                u64::from(entry.number),
+                u64::from(listing.position()) + DOTS,
+                entry.file_type.file_type_bits() >> 12,
+                entry.name,
+            );
+        }
+        Ok(())
+    }
+
+    fn dot_number(&self, folder: &Inode, at: u64) -> u64 {
+        match &folder.body {
+            berth_squashfs::read::InodeBody::Dir(dir)
+                if at == 1 && folder.reference != self.root =>
+            {
+                u64::from(dir.parent)
+            }
+            _ => u64::from(folder.number),
+        }
+    }
+
+    /// Whether any file of the image can have extended attributes.
+    pub fn has_xattrs(&self) -> bool {
+        self.reader.has_xattrs()
+    }
+
+    /// The value of an extended attribute.
+    pub fn getxattr(&self, node: u64, name: &[u8]) -> Result<Vec<u8>, Errno> {
+        let inode = self.inode(node)?;
+        let value = self.reader.xattr(&inode, name).map_err(errno)?;
+        value.ok_or(Errno::NODATA)
+    }
+
+    /// The names of a node's extended attributes, each with a NUL after it. As the kernel's driver does, those of
+    /// `trusted.` are told only to those who may read them: the kernel filters them.
+    pub fn listxattr(&self, node: u64) -> Result<Vec<u8>, Errno> {
+        let inode = self.inode(node)?;
+        let mut list = Vec::new();
+        for name in self.reader.xattr_names(&inode).map_err(errno)? {
+            list.extend_from_slice(&name);
+            list.push(0);
+        }
+        Ok(list)
+    }
+
+    /// `fuse_kstatfs`: sizes in 4 KiB, all of it used.
+    pub fn statfs(&self, out: &mut Vec<u8>) {
+        let sb = self.reader.superblock();
+        out.u64(sb.bytes_used.div_ceil(4096));
+        out.u64(0);
+        out.u64(0);
+        out.u64(u64::from(sb.inode_count));
+        out.u64(0);
+        for value in [4096, 255, 4096] {
+            out.u32(value);
+        }
+        out.resize(out.len() + 28, 0);
+    }
+}
+
+fn attr(inode: &Inode) -> Attr {
+    Attr {
+        ino: u64::from(inode.number),
+        size: inode.size(),
+        mtime: u64::from(inode.mtime),
+        mode: inode.mode(),
+        nlink: inode.nlink(),
+        uid: inode.uid,
+        gid: inode.gid,
+        rdev: match inode.file_type() {
+            InodeType::BlockDevice | InodeType::CharDevice => inode.rdev(),
+            _ => 0,
+        },
+    }
+}
+
+/// What a failed read is to the caller. What is behind it goes to the log: a user sees "input/output error".
+fn errno(error: ReadError) -> Errno {
+    match error {
+        ReadError::NotADirectory => Errno::NOTDIR,
+        ReadError::NotAFile => Errno::ISDIR,
+        ReadError::NotASymlink => Errno::INVAL,
+        ReadError::Io { .. }
+        | ReadError::Format(_)
+        | ReadError::Compress { .. }
+        | ReadError::Corrupt { .. } => {
+            tracing::warn!(error = &error as &dyn std::error::Error, "read failed");
+            Errno::IO
+        }
+    }
+}

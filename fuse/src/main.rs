@@ -1,0 +1,166 @@
+//! `berth-fuse`: mounts an image through our own reader.
+
+use std::fs::File;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_fuse::fs::ImageFs;
+use berth_fuse::holder::{Held, hold};
+use berth_fuse::session::{Options, serve};
+use berth_fuse::{mount, slots};
+use berth_squashfs::read::{CacheSizes, Reader};
+use clap::{Args, Parser, Subcommand};
+
+/// Mount a container image through FUSE.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Example: berth-fuse mount image.squashfs /mnt/image"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Mount an image and serve it until it is unmounted. Prints `mounted` when it is there.
+    Mount {
+        #[command(flatten)]
+        serving: Serving,
+        /// The image file.
+        image: PathBuf,
+        /// An existing folder.
+        folder: PathBuf,
+    },
+    /// Serve a connection that the holder keeps: started by `mount`.
+    #[command(hide = true)]
+    Serve {
+        #[command(flatten)]
+        serving: Serving,
+        #[arg(long)]
+        device: RawFd,
+        #[arg(long)]
+        slots: RawFd,
+        #[arg(long)]
+        image: RawFd,
+    },
+}
+
+#[derive(Args, Clone, Copy)]
+struct Serving {
+    /// Requests worked on at once.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u8).range(1..=16))]
+    threads: u8,
+    /// Seconds after which a request that was not answered fails.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    deadline: u32,
+}
+
+type Failure = Box<dyn std::error::Error>;
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("BERTH_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
+        )
+        .init();
+    let result = match Cli::parse().command {
+        Verb::Mount {
+            serving,
+            image,
+            folder,
+        } => run_mount(serving, &image, &folder),
+        Verb::Serve {
+            serving,
+            device,
+            slots,
+            image,
+        } => run_serve(serving, device, slots, image),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut line = format!("berth: {error}");
+            let mut cause = error.source();
+            while let Some(source) = cause {
+                line.push_str(&format!(": {source}"));
+                cause = source.source();
+            }
+            eprintln!("{line}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_mount(serving: Serving, image: &Path, folder: &Path) -> Result<(), Failure> {
+    let file = File::open(image)
+        .map_err(|error| format!("cannot open \"{}\": {error}", image.display()))?;
+    // Say what is wrong with an image before anything is mounted.
+    ImageFs::new(Reader::open(&file, CacheSizes::default())?)?;
+    let device = match mount::open_device().and_then(|device| {
+        let detached = mount::detached(device.as_fd())?;
+        mount::attach(detached.as_fd(), folder)?;
+        Ok(device)
+    }) {
+        Ok(device) => device,
+        Err(_) if !rustix::process::geteuid().is_root() => mount::by_helper(folder)?,
+        Err(error) => return Err(error.into()),
+    };
+    let held = Held {
+        device,
+        slots: slots::create()?,
+        image: file.into(),
+    };
+    let descriptors = held.arguments()?;
+    println!("mounted");
+    let own = std::env::current_exe()?;
+    let status = hold(
+        || {
+            let mut command = Command::new(&own);
+            command
+                .arg("serve")
+                .args(&descriptors)
+                .args(["--threads", &serving.threads.to_string()])
+                .args(["--deadline", &serving.deadline.to_string()]);
+            command
+        },
+        |server| tracing::info!(pid = server.id(), "serving"),
+    )?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(format!("the server failed ({status})").into()),
+    }
+}
+
+fn run_serve(serving: Serving, device: RawFd, slots: RawFd, image: RawFd) -> Result<(), Failure> {
+    // Nobody who runs under the same uid may look into, or steer, what serves other people's jobs.
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
+    let [device, slots, image] = [device, slots, image].map(inherited);
+    let reader = Reader::open(File::from(image?), CacheSizes::default())?;
+    let options = Options {
+        threads: usize::from(serving.threads),
+        deadline: Duration::from_secs(u64::from(serving.deadline)),
+    };
+    let slots = slots::map(slots?)?;
+    serve(Arc::new(ImageFs::new(reader)?), device?, slots, options)?;
+    Ok(())
+}
+
+/// Takes over a descriptor that the holder left open, and keeps it from our own children.
+#[allow(
+    unsafe_code,
+    reason = "a number on the command line is all that names it"
+)]
+fn inherited(fd: RawFd) -> Result<OwnedFd, Failure> {
+    // SAFETY: only looked at, to see whether there is such a descriptor.
+    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC)?;
+    // SAFETY: it is open, the holder made it for this process, and nothing else here owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
