@@ -44,7 +44,7 @@ impl Wanted {
             return context.reference(text).map(Self::Reference);
         };
         let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-        match Digest::from_hex(digits) {
+        match text.parse() {
             Ok(digest) => Ok(Self::Digest(digest, None)),
             Err(_) if (MIN_DIGITS..64).contains(&digits.len()) && digits.bytes().all(hex) => {
                 Ok(Self::Digits(digits.to_owned()))

@@ -41,8 +41,23 @@ fn parse() -> Result<Cli, Failure> {
                 let _ = e.print();
                 Failure::silent(USAGE)
             }
+            ErrorKind::MissingSubcommand => without_command(&e),
             _ => usage(&e),
         })
+}
+
+/// `berth` alone gets the help, `berth config` alone one line.
+fn without_command(error: &clap::Error) -> Failure {
+    match error.get(ContextKind::InvalidSubcommand) {
+        Some(ContextValue::String(name)) if name != "berth" => {
+            Failure::new(USAGE, format!("`{name}` needs a command"))
+                .hint(format!("`{name} --help` lists them"))
+        }
+        _ => {
+            output::note(&args::command().render_help().to_string());
+            Failure::silent(USAGE)
+        }
+    }
 }
 
 /// clap's error as the one line and the hint that all our errors are.
