@@ -1,0 +1,371 @@
+//! Reading one layer: headers are kept, contents go to the image or, when an upper layer seems to hide them, to the
+//! spill file. What is decided here only saves compression; [`crate::merge`] decides what is in the image.
+
+use berth_squashfs::write::{FileHandle, Lane, WriteError, clamp_mtime};
+
+use crate::entries::{Entries, Flood, Header, What};
+use crate::job::{Failure, FailureKind, Limits, Policy};
+use crate::notes::{LeftOut, Notes};
+use crate::paths::{PathError, PathId};
+use crate::spill::{Spill, Spilled};
+use crate::stream::{LayerStream, StreamError};
+use crate::tar::{Entry, EntryKind, Sink, TarError, TarReader};
+
+const WHITEOUT: &[u8] = b".wh.";
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// Names that AUFS kept for itself; every engine skips them.
+const AUFS: &[u8] = b".wh..wh.";
+/// Longest symlink target, in bytes: what `symlink(2)` takes.
+const MAX_TARGET: usize = 4095;
+
+/// What is wrong with one entry.
+#[derive(Debug, thiserror::Error)]
+pub enum ScanError {
+    #[error(transparent)]
+    Tar(#[from] TarError),
+    #[error(transparent)]
+    Path(#[from] PathError),
+    #[error(transparent)]
+    Flood(#[from] Flood),
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    #[error("cannot write to the spill file: {0}")]
+    Spill(std::io::Error),
+    #[error("{0}")]
+    Malformed(&'static str),
+    #[error("the layers are larger than {0} bytes uncompressed (convert.limits.max_bytes)")]
+    Bytes(u64),
+    #[error("the layers have more than {0} entries (convert.limits.max_entries)")]
+    Entries(u64),
+}
+
+/// Everything that lasts from layer to layer.
+#[derive(Debug)]
+pub struct Scan<'j> {
+    pub entries: Entries,
+    pub notes: Notes,
+    pub spill: Spill,
+    policy: &'j Policy,
+    limits: &'j Limits,
+    /// By place: what layers above hide there.
+    cover: Vec<Cover>,
+    /// Uncompressed bytes of the layers that are done, and holes.
+    bytes: u64,
+}
+
+/// The highest layer, plus one, that replaces or removes a place, and the highest that hides what lower layers have
+/// below it. Layers are read from the top, so the first mark is the highest.
+#[derive(Debug, Clone, Copy, Default)]
+struct Cover {
+    this: u16,
+    below: u16,
+}
+
+impl<'j> Scan<'j> {
+    pub fn new(layers: usize, spill: Spill, policy: &'j Policy, limits: &'j Limits) -> Self {
+        Self {
+            entries: Entries::new(layers),
+            notes: Notes::default(),
+            spill,
+            policy,
+            limits,
+            cover: Vec::new(),
+            bytes: 0,
+        }
+    }
+
+    /// Headers so far.
+    pub fn headers(&self) -> u64 {
+        self.entries.headers.len() as u64
+    }
+
+    /// Reads layer `layer` to the end of its archive. `tick` is called now and then.
+    ///
+    /// # Errors
+    /// A failure that names the layer and, where there is one, the entry.
+    pub fn layer(
+        &mut self,
+        layer: usize,
+        stream: LayerStream,
+        lane: &mut Lane,
+        mut tick: impl FnMut(u64),
+    ) -> Result<LayerStream, Failure> {
+        let first = self.entries.headers.len() as u32;
+        let mut reader = TarReader::new(stream);
+        let mut last: Option<Vec<u8>> = None;
+        loop {
+            let entry = match reader.next_entry() {
+                Ok(Some(entry)) => entry,
+                Ok(None) => break,
+                Err(e) => {
+                    let mut failure = failure(layer, None, e.into());
+                    if let Some(last) = last.filter(|_| failure.kind == FailureKind::CorruptLayer) {
+                        failure.message += &format!(" (after entry `{}`)", printable(&last));
+                    }
+                    return Err(failure);
+                }
+            };
+            let result = self.entry(layer, &entry, &mut reader, lane);
+            result.map_err(|e| failure(layer, Some(&entry.name), e))?;
+            tick(self.headers());
+            last = Some(entry.name);
+        }
+        self.entries.layers[layer] = first..self.entries.headers.len() as u32;
+        let stream = reader.into_inner();
+        self.bytes += stream.taken();
+        Ok(stream)
+    }
+
+    fn entry(
+        &mut self,
+        layer: usize,
+        entry: &Entry,
+        reader: &mut TarReader<LayerStream>,
+        lane: &mut Lane,
+    ) -> Result<(), ScanError> {
+        if self.headers() >= self.limits.max_entries {
+            return Err(ScanError::Entries(self.limits.max_entries));
+        }
+        let Some((path, mark)) = self.place(entry)? else {
+            return Ok(());
+        };
+        self.cover
+            .resize(self.entries.paths.len(), Cover::default());
+        let what = match mark {
+            Some(mark) => mark,
+            None => self.what(layer, entry, path, reader, lane)?,
+        };
+        self.mark(layer, path, what);
+        self.push(entry, path, what)
+    }
+
+    /// Where an entry belongs, and whether it is a whiteout; `None` for what is skipped.
+    fn place(&mut self, entry: &Entry) -> Result<Option<(PathId, Option<What>)>, ScanError> {
+        let path = self.entries.paths.intern(&entry.name)?;
+        let mut above = self.entries.paths.parent(path);
+        while above != PathId::ROOT {
+            let name = self.entries.paths.name(above);
+            if name.starts_with(AUFS) {
+                return Ok(None);
+            }
+            if name.starts_with(WHITEOUT) {
+                return Err(ScanError::Malformed("it lies in a folder named `.wh.…`"));
+            }
+            above = self.entries.paths.parent(above);
+        }
+        let parent = self.entries.paths.parent(path);
+        let name = self.entries.paths.name(path);
+        if name == OPAQUE {
+            return Ok(Some((parent, Some(What::Opaque))));
+        }
+        if name.starts_with(AUFS) {
+            return Ok(None);
+        }
+        let Some(hidden) = name.strip_prefix(WHITEOUT) else {
+            return Ok(Some((path, None)));
+        };
+        if matches!(hidden, b"" | b"." | b"..") {
+            return Err(ScanError::Malformed("a whiteout of no file"));
+        }
+        let hidden = hidden.to_vec();
+        let hidden = self.entries.paths.intern_child(parent, &hidden)?;
+        Ok(Some((hidden, Some(What::Whiteout))))
+    }
+
+    fn what(
+        &mut self,
+        layer: usize,
+        entry: &Entry,
+        path: PathId,
+        reader: &mut TarReader<LayerStream>,
+        lane: &mut Lane,
+    ) -> Result<What, ScanError> {
+        if path == PathId::ROOT && entry.kind != EntryKind::Dir {
+            return Err(ScanError::Malformed("the root must be a folder"));
+        }
+        Ok(match entry.kind {
+            EntryKind::Dir => What::Dir,
+            EntryKind::Fifo => What::Fifo,
+            EntryKind::Device => {
+                self.notes.add(LeftOut::Device, layer, &entry.name);
+                What::Device
+            }
+            EntryKind::Symlink => {
+                if entry.link.is_empty() || entry.link.len() > MAX_TARGET {
+                    return Err(ScanError::Malformed(
+                        "a symlink's target must be 1 to 4095 bytes long",
+                    ));
+                }
+                self.entries.add_target(&entry.link)?
+            }
+            EntryKind::Link => {
+                let target = self.entries.paths.intern(&entry.link);
+                What::Link(target.map_err(|e| match e {
+                    PathError::DotDot => ScanError::Malformed("its link target contains `..`"),
+                    other => other.into(),
+                })?)
+            }
+            EntryKind::File if entry.size == 0 => What::Empty,
+            EntryKind::File => self.contents(layer, path, entry, reader, lane)?,
+        })
+    }
+
+    fn contents(
+        &mut self,
+        layer: usize,
+        path: PathId,
+        entry: &Entry,
+        reader: &mut TarReader<LayerStream>,
+        lane: &mut Lane,
+    ) -> Result<What, ScanError> {
+        let stored = reader.stored();
+        let stream = self.bytes + reader.input().taken();
+        // What a header claims counts before a byte of it is read.
+        if stream.saturating_add(entry.size.max(stored)) > self.limits.max_bytes {
+            return Err(ScanError::Bytes(self.limits.max_bytes));
+        }
+        self.bytes += entry.size.saturating_sub(stored);
+        if !self.is_hidden(layer, path) {
+            reader.contents(&mut ToLane(lane))?;
+            return Ok(What::File(lane.end_file()?));
+        }
+        let run = Spilled {
+            offset: self.spill.position(),
+            length: entry.size,
+        };
+        reader.contents(&mut ToSpill(&mut self.spill))?;
+        let index = self.entries.spilled.len() as u32;
+        self.entries.spilled.push(run);
+        Ok(What::Spilled(index))
+    }
+
+    fn push(&mut self, entry: &Entry, path: PathId, what: What) -> Result<(), ScanError> {
+        let dir = what == What::Dir;
+        let kept: Vec<_> = (entry.xattrs.iter())
+            .filter(|(name, _)| self.policy.keeps(name))
+            .cloned()
+            .collect();
+        if kept
+            .iter()
+            .any(|(n, v)| n.len() > 255 || v.len() > 65_536 || n.contains(&0))
+        {
+            return Err(ScanError::Malformed(
+                "an xattr's name is longer than 255 bytes or its value than 65536",
+            ));
+        }
+        let xattrs = self.entries.intern_xattrs(kept)?;
+        let (uid, gid) = self.policy.owner(entry.uid, entry.gid);
+        self.entries.headers.push(Header {
+            path,
+            what,
+            mode: self.policy.mode(entry.mode, dir),
+            uid,
+            gid,
+            mtime: clamp_mtime(entry.mtime),
+            xattrs,
+        });
+        Ok(())
+    }
+
+    fn is_hidden(&self, layer: usize, path: PathId) -> bool {
+        let higher = |mark: u16| usize::from(mark) > layer + 1;
+        if higher(self.cover[path.index()].this) {
+            return true;
+        }
+        let mut at = path;
+        while at != PathId::ROOT {
+            at = self.entries.paths.parent(at);
+            if higher(self.cover[at.index()].below) {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn mark(&mut self, layer: usize, path: PathId, what: What) {
+        let mark = layer as u16 + 1;
+        let cover = &mut self.cover[path.index()];
+        if cover.this == 0 && what != What::Opaque {
+            cover.this = mark;
+        }
+        if cover.below == 0 && what != What::Dir {
+            cover.below = mark;
+        }
+    }
+}
+
+struct ToLane<'l>(&'l mut Lane);
+
+impl Sink for ToLane<'_> {
+    type Error = ScanError;
+
+    fn data(&mut self, bytes: &[u8]) -> Result<(), ScanError> {
+        Ok(self.0.write(bytes)?)
+    }
+
+    fn hole(&mut self, length: u64) -> Result<(), ScanError> {
+        Ok(self.0.write_hole(length)?)
+    }
+}
+
+struct ToSpill<'s>(&'s mut Spill);
+
+impl Sink for ToSpill<'_> {
+    type Error = ScanError;
+
+    fn data(&mut self, bytes: &[u8]) -> Result<(), ScanError> {
+        self.0.write(bytes).map_err(ScanError::Spill)
+    }
+
+    fn hole(&mut self, length: u64) -> Result<(), ScanError> {
+        self.0.skip(length).map_err(ScanError::Spill)
+    }
+}
+
+/// Brings contents back from the spill file, because the merged tree needs them after all.
+pub fn unspill(spill: &mut Spill, run: Spilled, lane: &mut Lane) -> Result<FileHandle, ScanError> {
+    let mut written = Ok(());
+    let read = spill.read(run, |piece| {
+        written = lane.write(piece);
+        match &written {
+            Ok(()) => Ok(()),
+            Err(_) => Err(std::io::ErrorKind::Other.into()),
+        }
+    });
+    written?;
+    read.map_err(ScanError::Spill)?;
+    Ok(lane.end_file()?)
+}
+
+/// A layer's error with its place.
+pub fn failure(layer: usize, entry: Option<&[u8]>, error: ScanError) -> Failure {
+    let kind = match &error {
+        ScanError::Tar(TarError::Read(e)) => match e.get_ref().and_then(|e| e.downcast_ref()) {
+            Some(StreamError::Ratio(_)) => FailureKind::Limit,
+            Some(StreamError::Decode(crate::decode::DecodeError::Read(_)) | StreamError::Died)
+            | None => FailureKind::Internal,
+            Some(StreamError::Decode(_)) => FailureKind::CorruptLayer,
+        },
+        ScanError::Tar(_) | ScanError::Path(_) | ScanError::Malformed(_) => {
+            FailureKind::CorruptLayer
+        }
+        ScanError::Flood(_) | ScanError::Bytes(_) | ScanError::Entries(_) => FailureKind::Limit,
+        ScanError::Write(e) => crate::convert::write_kind(e),
+        ScanError::Spill(e) => crate::convert::io_kind(e),
+    };
+    Failure {
+        kind,
+        layer: Some(layer),
+        entry: entry.map(printable),
+        message: error.to_string(),
+    }
+}
+
+/// A name for an error line: unprintable bytes escaped, clipped.
+pub fn printable(name: &[u8]) -> String {
+    let mut out = name[..name.len().min(200)].escape_ascii().to_string();
+    if name.len() > 200 {
+        out.push('…');
+    }
+    out
+}
