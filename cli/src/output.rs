@@ -59,6 +59,19 @@ pub fn facts(facts: &[(&str, String)]) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The text without std's `(os error 2)`, which tells a person nothing.
+pub fn plain(text: String) -> String {
+    let Some((before, rest)) = text.split_once(" (os error ") else {
+        return text;
+    };
+    match rest.split_once(')') {
+        Some((number, after)) if number.bytes().all(|b| b.is_ascii_digit()) => {
+            plain(format!("{before}{after}"))
+        }
+        _ => text,
+    }
+}
+
 /// `1.5 GiB`.
 pub fn size(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
@@ -86,6 +99,11 @@ mod tests {
         assert_eq!(size(1536 << 20), "1.50 GiB");
         assert_eq!(time("2026-01-31T12:00:00.5Z"), "2026-01-31 12:00:00Z");
         assert_eq!(time("-"), "-");
+        let text = "cannot read `x`: No such file (os error 2): and (os error x)";
+        assert_eq!(
+            plain(text.into()),
+            "cannot read `x`: No such file: and (os error x)"
+        );
         assert_eq!(
             short_digest("sha256:0123456789abcdef"),
             "sha256:0123456789ab"

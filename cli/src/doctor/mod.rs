@@ -54,7 +54,7 @@ impl Check {
         Self {
             name,
             state,
-            detail: detail.into(),
+            detail: output::plain(detail.into()),
             hint: None,
         }
     }
