@@ -1,0 +1,392 @@
+//! Stages four to six, from the daemon's side: config and layers fetched, handed to the sealer, an image in the store.
+//!
+//! One image is made at a time per (manifest, platform), whoever asks and under whatever name. Layers are fetched
+//! from the top down, because the converter reads the top one first, and flow to it while they arrive.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_client::api::{ErrorBody, ErrorKind};
+use berth_config::Config;
+use berth_image::{Digest, Platform};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use serde::Deserialize;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+
+use crate::admit::admit;
+use crate::catalogue::{Catalogue, ImageRow};
+use crate::fetch::{Blob, FetchError, Fetcher, Want, feed};
+use crate::flight::Flights;
+use crate::metrics::Metrics;
+use crate::resolve::manifest::{Descriptor, Manifest, ManifestError};
+use crate::resolve::{Resolution, Resolver};
+use crate::seal::protocol::{Answer, Request, SealRequest};
+use crate::sealer::Sealer;
+
+/// Bytes a pipe should hold. The kernel gives less when the daemon's pipes hold much already.
+const PIPE_SIZE: usize = 256 << 10;
+/// How often progress is told.
+const TELL: Duration = Duration::from_millis(200);
+/// How often a conversion is begun again because the sealer went away, or because of what an earlier run had left
+/// in the spool.
+const TRIES: u32 = 3;
+
+/// How far an image is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Compressed bytes of all layers.
+    pub total: u64,
+    pub fetched: u64,
+    pub converted: u64,
+    /// The sealer is at work.
+    pub converting: bool,
+}
+
+type Key = (Digest, Platform);
+
+/// Makes images. Clones share the work in flight.
+#[derive(Debug, Clone)]
+pub struct Maker {
+    inner: Arc<Inner>,
+    flights: Arc<Flights<Key, Result<ImageRow, ErrorBody>>>,
+    news: Arc<std::sync::Mutex<std::collections::HashMap<Key, watch::Receiver<Progress>>>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    resolver: Resolver,
+    fetcher: Fetcher,
+    sealer: Sealer,
+    catalogue: Catalogue,
+    metrics: Arc<Metrics>,
+    slots: Semaphore,
+}
+
+/// Why a try failed, and whether another one may help.
+enum Attempt {
+    /// The sealer went away.
+    Sealer(ErrorBody),
+    /// What an earlier run left in the spool was no good.
+    Spool(ErrorBody),
+    Final(ErrorBody),
+}
+
+impl<E: Into<ErrorBody>> From<E> for Attempt {
+    fn from(e: E) -> Self {
+        Self::Final(e.into())
+    }
+}
+
+impl Maker {
+    pub fn new(
+        config: &Config,
+        resolver: Resolver,
+        fetcher: Fetcher,
+        sealer: Sealer,
+        catalogue: Catalogue,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                resolver,
+                fetcher,
+                sealer,
+                catalogue,
+                metrics,
+                slots: Semaphore::new(config.daemon.parallel_conversions),
+            }),
+            flights: Arc::default(),
+            news: Arc::default(),
+        }
+    }
+
+    /// The image, from the store or made now. `tell` hears how far it is, for a joined flight too.
+    pub async fn make(
+        &self,
+        resolution: &Resolution,
+        mut tell: impl FnMut(Progress),
+    ) -> Result<ImageRow, ErrorBody> {
+        let key = (resolution.manifest, resolution.platform.clone());
+        let mut news = None;
+        let work = || {
+            let (tx, rx) = watch::channel(Progress::default());
+            let (inner, resolution) = (self.inner.clone(), resolution.clone());
+            let (all_news, key) = (self.news.clone(), key.clone());
+            lock(&all_news).insert(key.clone(), rx);
+            async move {
+                let made = inner.make(&resolution, &tx).await;
+                lock(&all_news).remove(&key);
+                made
+            }
+        };
+        let mut made = std::pin::pin!(self.flights.join(&key, work));
+        loop {
+            let heard = async {
+                match &mut news {
+                    None => tokio::task::yield_now().await,
+                    Some(news) => changed(news).await,
+                }
+            };
+            tokio::select! {
+                biased;
+                made = &mut made => return made.unwrap_or_else(|e| Err(internal(e.to_string()))),
+                () = heard => match &mut news {
+                    None => news = Some(lock(&self.news).get(&key).cloned().unwrap_or_else(silence)),
+                    Some(news) => tell(*news.borrow_and_update()),
+                },
+            }
+        }
+    }
+}
+
+/// News that never come.
+fn silence() -> watch::Receiver<Progress> {
+    watch::channel(Progress::default()).1
+}
+
+async fn changed(news: &mut watch::Receiver<Progress>) {
+    if news.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl Inner {
+    async fn make(
+        &self,
+        resolution: &Resolution,
+        news: &watch::Sender<Progress>,
+    ) -> Result<ImageRow, ErrorBody> {
+        let (manifest, platform) = (&resolution.manifest, &resolution.platform);
+        let mut tried = 0;
+        loop {
+            tried += 1;
+            if let Some(image) = self.catalogue.image(manifest, platform).await? {
+                return Ok(image);
+            }
+            match self.attempt(resolution, news).await {
+                Ok(image) => return Ok(image),
+                Err(Attempt::Sealer(e) | Attempt::Spool(e)) if tried < TRIES => {
+                    tracing::warn!(digest = %manifest, error = %e, "begun again");
+                }
+                Err(Attempt::Sealer(e) | Attempt::Spool(e) | Attempt::Final(e)) => return Err(e),
+            }
+        }
+    }
+
+    async fn attempt(
+        &self,
+        resolution: &Resolution,
+        news: &watch::Sender<Progress>,
+    ) -> Result<ImageRow, Attempt> {
+        let reference = &resolution.reference;
+        let (raw, manifest) = self
+            .resolver
+            .manifest(reference, resolution.manifest)
+            .await?;
+        manifest.check()?;
+        let admission = admit(resolution, &manifest);
+        let config = self.config(resolution, &manifest).await?;
+        // From the top down: transfers start in the order in which they are asked for.
+        let mut blobs = Vec::new();
+        for layer in manifest.layers.iter().rev() {
+            blobs.push(self.fetch(resolution, layer)?);
+        }
+        blobs.reverse();
+        news.send_modify(|p| p.total = manifest.layer_bytes());
+
+        let request = Request::Seal(SealRequest {
+            manifest_digest: manifest.digest,
+            manifest: text(raw.bytes, "manifest")?,
+            config,
+            platform: resolution.platform.clone(),
+            admission,
+        });
+        let told = tell(&blobs, news);
+        let sealed = async {
+            // Transfers go on while this image waits for its turn.
+            let _slot = self.slots.acquire().await;
+            self.sealer.ready().await?;
+            self.seal(&request, &blobs, news).await
+        };
+        let image = tokio::select! {
+            sealed = sealed => sealed?,
+            never = told => match never {},
+        };
+        self.catalogue.put_image(&image).await?;
+        Ok(image)
+    }
+
+    /// The image configuration's text, after a look at whether it is for the platform that is wanted.
+    async fn config(
+        &self,
+        resolution: &Resolution,
+        manifest: &Manifest,
+    ) -> Result<String, Attempt> {
+        #[derive(Deserialize)]
+        struct For {
+            #[serde(default)]
+            os: String,
+            #[serde(default)]
+            architecture: String,
+            #[serde(default)]
+            variant: Option<String>,
+        }
+        let blob = self.fetch(resolution, &manifest.config)?;
+        let file = blob.wait().await.map_err(fetch_failed)?;
+        let size = blob.size as usize;
+        let read = tokio::task::spawn_blocking(move || {
+            let mut bytes = vec![0; size];
+            std::os::unix::fs::FileExt::read_exact_at(&*file, &mut bytes, 0).map(|()| bytes)
+        });
+        let bytes = read.await.map_err(|e| internal(e.to_string()))?;
+        let bytes = bytes.map_err(|e| internal(format!("cannot read the spool: {e}")))?;
+        if Digest::of(&bytes) != manifest.config.digest {
+            self.fetcher.discard(&[manifest.config.digest]);
+            return Err(Attempt::Spool(internal("the spool is damaged".into())));
+        }
+        let is: For = serde_json::from_slice(&bytes).map_err(|e| {
+            failed(
+                ErrorKind::ConversionFailed,
+                format!("the configuration of {} is not JSON: {e}", manifest.digest),
+            )
+        })?;
+        let wanted = &resolution.platform;
+        if !wanted.accepts(&is.os, &is.architecture, is.variant.as_deref()) {
+            let variant = is.variant.map(|v| format!("/{v}")).unwrap_or_default();
+            let available = format!("{}/{}{variant}", is.os, is.architecture);
+            let available = available.chars().take(100).flat_map(char::escape_default);
+            return Err(Attempt::from(ManifestError::NoPlatform {
+                wanted: wanted.clone(),
+                available: vec![available.collect()],
+            }));
+        }
+        Ok(text(bytes, "configuration")?)
+    }
+
+    fn fetch(
+        &self,
+        resolution: &Resolution,
+        descriptor: &Descriptor,
+    ) -> Result<Arc<Blob>, ErrorBody> {
+        let want = Want {
+            registry: resolution.reference.registry().into(),
+            repository: resolution.reference.repository().into(),
+            digest: descriptor.digest,
+            size: descriptor.size,
+        };
+        let blob = self.fetcher.ensure(want);
+        blob.map_err(|e| internal(format!("cannot use the spool: {e}")))
+    }
+
+    /// Hands the image to the sealer and feeds it the layers.
+    async fn seal(
+        &self,
+        request: &Request,
+        blobs: &[Arc<Blob>],
+        news: &watch::Sender<Progress>,
+    ) -> Result<ImageRow, Attempt> {
+        let mut readers = Vec::new();
+        let mut feeders = JoinSet::new();
+        for blob in blobs {
+            let (reader, writer) = new_pipe().map_err(|e| internal(format!("no pipe: {e}")))?;
+            readers.push(reader);
+            feeders.spawn(feed(blob.clone(), writer));
+        }
+        news.send_modify(|p| p.converting = true);
+        let progress = |p: crate::seal::protocol::Progress| {
+            news.send_modify(|n| n.converted = p.bytes_in);
+        };
+        let mut answer = Box::pin(self.sealer.request(request, readers, progress));
+        let answer = loop {
+            tokio::select! {
+                answer = &mut answer => break answer,
+                Some(fed) = feeders.join_next() => {
+                    // A pipe that a panic closed would say "whole": the same as a failure, but never seen as one.
+                    let Ok(fed) = fed else {
+                        drop(answer);
+                        return Err(Attempt::Final(internal("a feeder was lost".into())));
+                    };
+                    if let Err(failed) = fed {
+                        // The connection first: an end of file on a pipe says that the layer is whole.
+                        drop(answer);
+                        drop(failed.pipe);
+                        return Err(fetch_failed(failed.error));
+                    }
+                }
+            }
+        };
+        match answer {
+            Ok(Answer::Sealed(sealed)) => {
+                if !sealed.existing {
+                    self.metrics.conversions.inc();
+                }
+                let path = sealed.path.display().to_string();
+                Ok(ImageRow::new(&sealed.record, path))
+            }
+            Ok(_) => Err(Attempt::Final(internal(
+                "the sealer answered something else".into(),
+            ))),
+            Err(e) if e.kind == ErrorKind::StoreUnavailable => Err(Attempt::Sealer(e.into())),
+            Err(e) if e.kind == ErrorKind::CorruptLayer => {
+                // The layer has its digest: what is wrong is in the image, or in what the disk made of the spool.
+                self.fetcher
+                    .discard(&blobs.iter().map(|b| b.digest).collect::<Vec<_>>());
+                Err(Attempt::Final(e.into()))
+            }
+            Err(e) => Err(Attempt::Final(e.into())),
+        }
+    }
+}
+
+/// Tells again and again how much has arrived. Never ends.
+async fn tell(blobs: &[Arc<Blob>], news: &watch::Sender<Progress>) -> std::convert::Infallible {
+    let mut tick = tokio::time::interval(TELL);
+    loop {
+        tick.tick().await;
+        let fetched = blobs.iter().map(|b| b.bytes()).sum();
+        news.send_if_modified(|p| std::mem::replace(&mut p.fetched, fetched) != fetched);
+    }
+}
+
+fn new_pipe() -> std::io::Result<(OwnedFd, OwnedFd)> {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+    // A small pipe is slower and no error.
+    let _ = fcntl_setpipe_size(&writer, PIPE_SIZE);
+    Ok((reader, writer))
+}
+
+fn fetch_failed(e: FetchError) -> Attempt {
+    match e {
+        FetchError::Digest { resumed: true, .. } => Attempt::Spool(e.into()),
+        e => Attempt::Final(e.into()),
+    }
+}
+
+fn text(bytes: Vec<u8>, what: &str) -> Result<String, ErrorBody> {
+    String::from_utf8(bytes).map_err(|_| {
+        failed(
+            ErrorKind::ConversionFailed,
+            format!("the image's {what} is not text"),
+        )
+    })
+}
+
+fn failed(kind: ErrorKind, message: String) -> ErrorBody {
+    ErrorBody {
+        kind,
+        message,
+        hint: None,
+    }
+}
+
+fn internal(message: String) -> ErrorBody {
+    failed(ErrorKind::Internal, message)
+}

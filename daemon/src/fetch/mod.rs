@@ -1,0 +1,280 @@
+//! Stage three: blobs into the spool, each over the wide link once.
+//!
+//! One transfer per digest is in flight, whoever asks and under whatever name. It is nobody's child: it ends when it
+//! is done or when nobody holds its [`Blob`] any more. Transfers start in the order in which they were asked for, at
+//! most `parallel_fetches` at a time.
+
+mod blob;
+mod feed;
+mod spool;
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use berth_config::Config;
+use berth_image::Digest;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+
+pub use blob::{Blob, FetchError, Frontier, State};
+pub use feed::feed;
+pub use spool::Spool;
+
+use crate::metrics::Metrics;
+use crate::registry::{Registries, RegistryError, retry};
+use blob::Writer;
+
+/// A try that brings so many bytes was not in vain and is not counted, so that a huge blob over a link that breaks
+/// now and then arrives, while one that never gets anywhere fails after `fetch_attempts`.
+const WORTH: u64 = 1 << 20;
+
+/// A blob that is wanted, and where it may be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Want {
+    pub registry: String,
+    pub repository: String,
+    pub digest: Digest,
+    /// Bytes, as the manifest says.
+    pub size: u64,
+}
+
+/// Brings blobs into the spool. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Fetcher {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    registries: Arc<Registries>,
+    spool: Spool,
+    slots: Arc<Semaphore>,
+    attempts: u32,
+    limit: u64,
+    metrics: Arc<Metrics>,
+    live: Mutex<HashMap<Digest, Live>>,
+}
+
+#[derive(Debug)]
+struct Live {
+    blob: Weak<Blob>,
+    /// Held while somebody writes the part: a transfer that was given up may need a moment to stop.
+    writing: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl Fetcher {
+    pub fn new(
+        config: &Config,
+        registries: Arc<Registries>,
+        metrics: Arc<Metrics>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            inner: Arc::new(Inner {
+                registries,
+                spool: Spool::open(&config.daemon.state_dir)?,
+                slots: Arc::new(Semaphore::new(config.daemon.parallel_fetches)),
+                attempts: config.daemon.fetch_attempts,
+                limit: config.daemon.spool_bytes,
+                metrics,
+                live: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The blob, from the spool, from a transfer in flight, or from a new one, which takes its place in the queue
+    /// before this returns.
+    pub fn ensure(&self, want: Want) -> io::Result<Arc<Blob>> {
+        let inner = &self.inner;
+        let mut live = inner.live.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(blob) = live.get(&want.digest).and_then(|l| l.blob.upgrade())
+            && !blob.has_failed()
+            && blob.size == want.size
+        {
+            return Ok(blob);
+        }
+        let (digest, size) = (want.digest, want.size);
+        let writing = live.get(&digest).map(|l| l.writing.clone());
+        let writing = writing.unwrap_or_default();
+        let blob = match inner.spool.whole(&digest, size)? {
+            Some(file) => Arc::new(Blob::whole(digest, size, file)),
+            None => {
+                let (tx, rx) = watch::channel(Frontier::default());
+                let cancel = CancellationToken::new();
+                let blob = Arc::new(Blob::coming(digest, size, rx, cancel.clone()));
+                let (inner, writing) = (inner.clone(), writing.clone());
+                let slot = queue(&inner.slots);
+                tokio::spawn(async move {
+                    let transfer = inner.transfer(&want, slot, &writing, &tx, &cancel);
+                    let state = match transfer.await {
+                        Ok(()) => State::Whole,
+                        Err(e) => State::Failed(e),
+                    };
+                    tx.send_modify(|f| f.state = state);
+                    inner.trim();
+                });
+                blob
+            }
+        };
+        live.retain(|_, l| l.blob.strong_count() > 0 || Arc::strong_count(&l.writing) > 1);
+        let entry = Live {
+            blob: Arc::downgrade(&blob),
+            writing,
+        };
+        live.insert(digest, entry);
+        Ok(blob)
+    }
+
+    /// Forgets blobs whose content turned out to be no good, so that they are fetched again.
+    pub fn discard(&self, digests: &[Digest]) {
+        for digest in digests {
+            if let Err(e) = self.inner.spool.remove(digest) {
+                tracing::error!(%digest, error = %e, "cannot remove a blob from the spool");
+            }
+        }
+        let mut live = (self.inner.live.lock()).unwrap_or_else(PoisonError::into_inner);
+        for digest in digests {
+            if let Some(l) = live.get_mut(digest) {
+                l.blob = Weak::new();
+            }
+        }
+    }
+
+    /// Bytes in the spool.
+    pub fn spool_bytes(&self) -> io::Result<u64> {
+        Ok(self.inner.spool.files()?.iter().map(|f| f.size).sum())
+    }
+
+    /// Removes what was used longest ago until the spool is as small as the site wants. Blobs in use stay.
+    pub fn trim(&self) {
+        self.inner.trim();
+    }
+}
+
+/// A place in the queue for a slot, taken now; the future ends when the slot is there.
+fn queue(slots: &Arc<Semaphore>) -> impl Future<Output = Option<OwnedSemaphorePermit>> + use<> {
+    let mut slot = Box::pin(slots.clone().acquire_owned());
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    let first = slot.as_mut().poll(&mut context);
+    async move {
+        match first {
+            std::task::Poll::Ready(permit) => permit.ok(),
+            std::task::Poll::Pending => slot.await.ok(),
+        }
+    }
+}
+
+impl Inner {
+    async fn transfer(
+        &self,
+        want: &Want,
+        slot: impl Future<Output = Option<OwnedSemaphorePermit>>,
+        writing: &tokio::sync::Mutex<()>,
+        frontier: &watch::Sender<Frontier>,
+        cancel: &CancellationToken,
+    ) -> Result<(), FetchError> {
+        let given_up = || FetchError::Cancelled(want.digest);
+        let _slot = tokio::select! {
+            slot = slot => slot,
+            () = cancel.cancelled() => return Err(given_up()),
+        };
+        let _writing = writing.lock().await;
+        let (spool, tx) = (self.spool.clone(), frontier.clone());
+        let (writer, there) = Writer::start(spool, want.digest, want.size, tx).await?;
+        // The writer is always waited for: nobody else may open the part before it has stopped.
+        let mut url = String::new();
+        let received = tokio::select! {
+            received = self.receive(want, &writer, there, &mut url) => received,
+            () = cancel.cancelled() => Err(given_up()),
+        };
+        let written = writer.finish(want.digest).await?;
+        received?;
+        if written.found != want.digest {
+            self.remove(&want.digest);
+            return Err(FetchError::Digest {
+                url,
+                expected: want.digest,
+                found: written.found,
+                resumed: written.resumed,
+            });
+        }
+        self.spool
+            .finish(&want.digest)
+            .map_err(|e| FetchError::Spool {
+                digest: want.digest,
+                source: Arc::new(e),
+            })
+    }
+
+    /// Brings the bytes from `offset` on to the writer, over as many tries as are allowed.
+    async fn receive(
+        &self,
+        want: &Want,
+        writer: &Writer,
+        mut offset: u64,
+        url: &mut String,
+    ) -> Result<(), FetchError> {
+        let registry = self.registries.get(&want.registry)?;
+        let mut failures = 0;
+        *url = format!("{}/{}", want.registry, want.repository);
+        while offset < want.size {
+            let before = offset;
+            let piecewise = async {
+                let (repository, digest) = (&want.repository, &want.digest);
+                let mut stream = registry.blob(repository, digest, want.size, offset).await?;
+                stream.url().clone_into(url);
+                while let Some(piece) = stream.next().await? {
+                    offset += piece.len() as u64;
+                    self.metrics.upstream_bytes.inc_by(piece.len() as u64);
+                    if writer.pieces.send(piece).await.is_err() {
+                        // The writer has failed and says why when it is asked.
+                        return Ok(());
+                    }
+                }
+                Ok::<_, RegistryError>(())
+            };
+            let error = match piecewise.await {
+                Ok(()) => return Ok(()),
+                Err(e) => e,
+            };
+            if offset - before >= WORTH {
+                failures = 0;
+            }
+            failures += 1;
+            if !error.is_transient() || failures >= self.attempts {
+                return Err(error.into());
+            }
+            let wait = retry::delay(failures, error.retry_after(), retry::jitter());
+            tracing::warn!(digest = %want.digest, error = %error, bytes = offset, ms = wait.as_millis() as u64, "a transfer goes on later");
+            tokio::time::sleep(wait).await;
+        }
+        Ok(())
+    }
+
+    fn remove(&self, digest: &Digest) {
+        if let Err(e) = self.spool.remove(digest) {
+            tracing::error!(%digest, error = %e, "cannot remove a blob from the spool");
+        }
+    }
+
+    fn trim(&self) {
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        let in_use = |d: &Digest| live.get(d).is_some_and(|l| l.blob.strong_count() > 0);
+        let result = self.spool.files().and_then(|mut files| {
+            let mut total: u64 = files.iter().map(|f| f.size).sum();
+            files.sort_by_key(|f| f.used_at);
+            for file in files.iter().filter(|f| !in_use(&f.digest)) {
+                if total <= self.limit {
+                    break;
+                }
+                std::fs::remove_file(&file.path)?;
+                total -= file.size;
+                tracing::info!(digest = %file.digest, bytes = file.size, "trimmed from the spool");
+            }
+            Ok(())
+        });
+        if let Err(e) = result {
+            tracing::error!(error = %e, "cannot trim the spool");
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Who asks. On the Unix socket the kernel says so (SO_PEERCRED); on TCP munge does, by a credential that covers
+//! method, path and body and that munged takes only once. Nobody asks on behalf of somebody else.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::connect_info::Connected;
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::StatusCode;
+use axum::http::header::WWW_AUTHENTICATE;
+use axum::middleware::Next;
+use axum::response::{IntoResponse as _, Response};
+use axum::serve::IncomingStream;
+use berth_client::api::{ErrorAnswer, ErrorBody, ErrorKind};
+use berth_client::{Munge, request_payload};
+use tokio::net::UnixListener;
+
+use super::App;
+use super::limit::MAX_BODY;
+
+/// Who asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caller {
+    pub uid: u32,
+    /// Root, or one of the site's admins.
+    pub is_admin: bool,
+}
+
+/// The other end of a Unix connection; `None` when the kernel does not say.
+#[derive(Debug, Clone, Copy)]
+pub struct Peer(Option<u32>);
+
+impl Connected<IncomingStream<'_, super::limit::Limited<UnixListener>>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, super::limit::Limited<UnixListener>>) -> Self {
+        Self(stream.io().peer_uid())
+    }
+}
+
+/// For the Unix socket.
+pub async fn by_peer(
+    State(app): State<Arc<App>>,
+    ConnectInfo(Peer(uid)): ConnectInfo<Peer>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    match uid {
+        Some(uid) => {
+            request.extensions_mut().insert(app.caller(uid));
+            next.run(request).await
+        }
+        None => refused("the kernel does not say who asks", None).answer(),
+    }
+}
+
+/// For TCP. A machine without libmunge refuses everybody there.
+pub async fn by_munge(
+    State((app, munge)): State<(Arc<App>, Arc<Munge>)>,
+    request: Request,
+    next: Next,
+) -> Response {
+    match check(&munge, request).await {
+        Ok((uid, mut request)) => {
+            request.extensions_mut().insert(app.caller(uid));
+            next.run(request).await
+        }
+        Err(e) => e.answer(),
+    }
+}
+
+/// Why it is not known who asks.
+struct Unknown(ErrorBody);
+
+impl Unknown {
+    /// 401 (RFC 9110, section 15.5.2), whatever the kind says: other answers are for those who are known.
+    fn answer(self) -> Response {
+        let challenge = [(WWW_AUTHENTICATE, "Munge")];
+        (
+            StatusCode::UNAUTHORIZED,
+            challenge,
+            Json(ErrorAnswer { error: self.0 }),
+        )
+            .into_response()
+    }
+}
+
+async fn check(munge: &Arc<Munge>, request: Request) -> Result<(u32, Request), Unknown> {
+    let (parts, body) = request.into_parts();
+    let credential = (parts.headers.get("authorization"))
+        .and_then(|v| v.to_str().ok())
+        .and_then(|v| v.strip_prefix("Munge "))
+        .map(|v| v.trim().to_owned())
+        .ok_or_else(|| refused("there is no munge credential in the request", None))?;
+    let body: Bytes = axum::body::to_bytes(body, MAX_BODY)
+        .await
+        .map_err(|_| refused("the body cannot be read, or is too large", None))?;
+    let path = parts.uri.path_and_query().map_or("/", |p| p.as_str());
+    let expected = request_payload(parts.method.as_str(), path, &body);
+    let munge = munge.clone();
+    // munged is asked over a socket, by a library that waits.
+    let decoded = tokio::task::spawn_blocking(move || munge.decode(&credential));
+    let decoded = decoded
+        .await
+        .map_err(|e| refused(&e.to_string(), None))?
+        .map_err(|e| {
+            tracing::warn!(error = %e, "a credential was refused");
+            refused(
+                &format!("the credential is not good: {e}"),
+                Some("are the clocks of both machines right, and their munge keys the same?"),
+            )
+        })?;
+    if decoded.payload != expected.as_bytes() {
+        return Err(refused("the credential is of another request", None));
+    }
+    Ok((decoded.uid, Request::from_parts(parts, Body::from(body))))
+}
+
+fn refused(message: &str, hint: Option<&str>) -> Unknown {
+    Unknown(ErrorBody {
+        kind: ErrorKind::Denied,
+        message: message.into(),
+        hint: hint.map(str::to_owned),
+    })
+}
