@@ -1,7 +1,9 @@
 //! `berth path`: the SquashFS file of an image.
 
+use std::time::{Duration, Instant};
+
 use berth_client::api::PullRequest;
-use berth_image::Platform;
+use berth_image::{Digest, Platform};
 use serde_json::json;
 
 use crate::command::follow;
@@ -10,6 +12,9 @@ use crate::error::{Failure, OTHER, UNAVAILABLE};
 use crate::local::{Found, Local, Wanted};
 use crate::progress::Display;
 use crate::{interrupt, output};
+
+const STALE_NAMES: Duration = Duration::from_secs(65);
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 pub fn path(context: &Context, image: &str, given: Option<Platform>) -> Result<(), Failure> {
     let wanted = Wanted::parse(image, context)?;
@@ -61,16 +66,33 @@ fn through_daemon(
     let local = Local::open(&context.config)?;
     let digest = digest.and_then(|d| d.parse().ok());
     let digest = digest.ok_or_else(|| Failure::new(70, "the daemon named no digest"))?;
-    let found = local.record(&digest, &context::platform(given))?;
-    let found = found.ok_or_else(|| {
-        Failure::new(
-            UNAVAILABLE,
-            format!("the daemon has published {digest}, but it is not visible in the store here"),
-        )
-        .hint("a network filesystem may take a minute to show it: try again")
-    })?;
+    let found = once_visible(context, &local, &digest, &context::platform(given))?;
     local.check_file(&found)?;
     Ok(found)
+}
+
+/// A remote filesystem may keep saying for a while that a new file is not there (NFS: `acdirmax`, 60 s).
+fn once_visible(
+    context: &Context,
+    local: &Local,
+    digest: &Digest,
+    platform: &Platform,
+) -> Result<Found, Failure> {
+    let since = Instant::now();
+    loop {
+        if let Some(found) = local.record(digest, platform)? {
+            return Ok(found);
+        }
+        if since.elapsed() > STALE_NAMES {
+            return Err(Failure::new(
+                UNAVAILABLE,
+                format!("the daemon has published {digest}, but the store here does not show it"),
+            )
+            .hint("is `store.path` the same filesystem here and there? `berth doctor` tells"));
+        }
+        context.say("waiting until the filesystem shows the image");
+        std::thread::sleep(LOOK_AGAIN);
+    }
 }
 
 /// The image that the store's entry names, however old the entry is; the daemon's failure where there is none.
