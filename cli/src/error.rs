@@ -58,9 +58,8 @@ impl Failure {
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         Self {
-            code: error.exit_code(),
-            message: error.to_string(),
             hint: error.hint(),
+            ..Self::new(error.exit_code(), error.to_string())
         }
     }
 }

@@ -56,6 +56,11 @@ fn daemon(config: &Config) -> Vec<Check> {
             ),
         )
         .hint("give both the same configuration"),
+        Ok(status) if status.sealer.starts_with("down") => Check::warn(
+            name,
+            format!("its sealer is {}: no new image can be made", status.sealer),
+        )
+        .hint("systemctl status berthd-seal, or set `seal.spawn` where berthd is to start it"),
         Ok(status) => Check::ok(
             name,
             format!("berthd {} at {}", status.version, client.place()),

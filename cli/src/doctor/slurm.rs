@@ -96,7 +96,11 @@ fn helper(line: &PluginLine) -> Check {
 
 fn same_config(line: &PluginLine, config: &Path) -> Option<Check> {
     let theirs = argument(line, "config").unwrap_or(berth_config::DEFAULT_PATH);
-    (Path::new(theirs) != config).then(|| {
+    let same = match (Path::new(theirs).canonicalize(), config.canonicalize()) {
+        (Ok(theirs), Ok(ours)) => theirs == ours,
+        _ => false,
+    };
+    (!same).then(|| {
         Check::warn(
             "plugin config",
             format!("jobs use `{theirs}`, this looked at `{}`", config.display()),
