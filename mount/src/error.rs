@@ -30,10 +30,10 @@ pub enum MountError {
     #[error("the label {0:?} does not fit a loop device (1 to 63 bytes, no NUL)")]
     BadLabel(String),
     /// The image file could not be looked at.
-    #[error("cannot stat the image: {0}")]
+    #[error("cannot stat the image: {}", plain(.0))]
     Stat(#[source] io::Error),
     /// The lock that serialises the making of loop devices could not be had.
-    #[error("cannot lock {}: {source}", path.display())]
+    #[error("cannot lock {}: {}", path.display(), plain(source))]
     Lock {
         /// The lock file.
         path: PathBuf,
@@ -42,7 +42,7 @@ pub enum MountError {
         source: io::Error,
     },
     /// A step with a loop device failed.
-    #[error("cannot {step} {}: {source}", device.display())]
+    #[error("cannot {step} {}: {}", device.display(), plain(source))]
     Loop {
         /// What was tried ("open", "configure").
         step: &'static str,
@@ -59,7 +59,7 @@ pub enum MountError {
         tries: u32,
     },
     /// The kernel refused to mount.
-    #[error("the kernel refused the image at {step}: {source}{log}")]
+    #[error("the kernel refused the image at {step}: {}{log}", plain(source))]
     Kernel {
         /// The step of the mount call that failed.
         step: &'static str,
@@ -69,4 +69,13 @@ pub enum MountError {
         /// The kernel's own words, with a leading ": ", or nothing.
         log: String,
     },
+}
+
+/// A system error in the system's words, without its number.
+fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error") {
+        Some((words, _)) => words.to_lowercase(),
+        None => text,
+    }
 }

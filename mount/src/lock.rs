@@ -27,7 +27,10 @@ impl LoopLock {
     /// hold it against us.
     pub(crate) fn take(folder: &Path) -> Result<LoopLock, MountError> {
         let path: PathBuf = folder.join("loop.lock");
-        let fail = |errno: Errno| MountError::Lock { path: path.clone(), source: io::Error::from(errno) };
+        let fail = |errno: Errno| MountError::Lock {
+            path: path.clone(),
+            source: io::Error::from(errno),
+        };
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let file = open(&path, flags, Mode::RUSR | Mode::WUSR).map_err(fail)?;
         let deadline = Instant::now() + PATIENCE;

@@ -13,7 +13,9 @@ use rustix::fs::{FileType, Mode, OFlags, Stat, fstat, open};
 use rustix::io::Errno;
 
 use crate::lock::LoopLock;
-use crate::sys::{LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LoopInfo, loop_configure, loop_get_free, loop_status};
+use crate::sys::{
+    LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LoopInfo, loop_configure, loop_get_free, loop_status,
+};
 use crate::{MountError, squashfs};
 
 /// How many devices to try before giving up; others on the node may make loop devices without our lock.
@@ -130,7 +132,11 @@ impl<'a> Wanted<'a> {
             };
             if loop_status(device.as_fd()).is_ok_and(|info| self.is_served_by(&info)) {
                 let shared = true;
-                return Some(LoopDevice { device, path, shared });
+                return Some(LoopDevice {
+                    device,
+                    path,
+                    shared,
+                });
             }
         }
         None
@@ -157,8 +163,8 @@ impl<'a> Wanted<'a> {
         info.file_name = self.name;
         let mut pause = Duration::from_micros(100);
         for _ in 0..TRIES {
-            let number =
-                loop_get_free(&control).map_err(|e| fail("ask for a free device at", control_path.clone(), e))?;
+            let number = loop_get_free(&control)
+                .map_err(|e| fail("ask for a free device at", control_path.clone(), e))?;
             let path = PathBuf::from(format!("/dev/loop{number}"));
             let device = match open_device(&path) {
                 Ok(device) => device,
@@ -173,7 +179,11 @@ impl<'a> Wanted<'a> {
             match loop_configure(device.as_fd(), self.image.file, info) {
                 Ok(()) => {
                     let shared = false;
-                    return Ok(LoopDevice { device, path, shared });
+                    return Ok(LoopDevice {
+                        device,
+                        path,
+                        shared,
+                    });
                 }
                 Err(Errno::BUSY | Errno::INTR | Errno::AGAIN) => {}
                 Err(errno) => return Err(fail("configure", path, errno)),
@@ -195,5 +205,9 @@ fn open_device(path: &Path) -> Result<OwnedFd, Errno> {
 }
 
 fn fail(step: &'static str, device: PathBuf, errno: Errno) -> MountError {
-    MountError::Loop { step, device, source: io::Error::from(errno) }
+    MountError::Loop {
+        step,
+        device,
+        source: io::Error::from(errno),
+    }
 }

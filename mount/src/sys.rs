@@ -1,5 +1,8 @@
 //! The ioctls of the loop driver (`linux/loop.h`), as safe functions.
-#![allow(unsafe_code, reason = "the loop driver is reachable by ioctl only; each call names its structure")]
+#![allow(
+    unsafe_code,
+    reason = "the loop driver is reachable by ioctl only; each call names its structure"
+)]
 
 use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -94,21 +97,31 @@ unsafe impl<T> Ioctl for Request<&mut T> {
 /// What the device serves now; `ENXIO` when it serves nothing.
 pub(crate) fn loop_status(device: BorrowedFd<'_>) -> Result<LoopInfo> {
     let mut info = LoopInfo::empty();
-    let request = Request { opcode: LOOP_GET_STATUS64, argument: &mut info };
+    let request = Request {
+        opcode: LOOP_GET_STATUS64,
+        argument: &mut info,
+    };
     // SAFETY: LOOP_GET_STATUS64 fills exactly one `struct loop_info64`.
     unsafe { ioctl(device, request)? };
     Ok(info)
 }
 
 /// Makes `device` serve `file` as `info` says; `EBUSY` when it already serves one.
-pub(crate) fn loop_configure(device: BorrowedFd<'_>, file: BorrowedFd<'_>, info: LoopInfo) -> Result<()> {
+pub(crate) fn loop_configure(
+    device: BorrowedFd<'_>,
+    file: BorrowedFd<'_>,
+    info: LoopInfo,
+) -> Result<()> {
     let mut config = LoopConfig {
         fd: u32::try_from(file.as_raw_fd()).map_err(|_| Errno::BADF)?,
         block_size: 0,
         info,
         reserved: [0; 8],
     };
-    let request = Request { opcode: LOOP_CONFIGURE, argument: &mut config };
+    let request = Request {
+        opcode: LOOP_CONFIGURE,
+        argument: &mut config,
+    };
     // SAFETY: LOOP_CONFIGURE reads exactly one `struct loop_config`.
     unsafe { ioctl(device, request)? };
     Ok(())
@@ -117,7 +130,10 @@ pub(crate) fn loop_configure(device: BorrowedFd<'_>, file: BorrowedFd<'_>, info:
 /// The number of a device that served nothing a moment ago; the kernel makes one if there is none.
 pub(crate) fn loop_get_free(control: impl AsFd) -> Result<u32> {
     let mut unused = 0u8;
-    let request = Request { opcode: LOOP_CTL_GET_FREE, argument: &mut unused };
+    let request = Request {
+        opcode: LOOP_CTL_GET_FREE,
+        argument: &mut unused,
+    };
     // SAFETY: LOOP_CTL_GET_FREE ignores its argument and returns a number.
     let number = unsafe { ioctl(control, request)? };
     u32::try_from(number).map_err(|_| Errno::INVAL)

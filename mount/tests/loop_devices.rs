@@ -26,7 +26,10 @@ fn able() -> bool {
     } else {
         return true;
     };
-    assert!(std::env::var_os("CI").is_none(), "this test needs {missing}");
+    assert!(
+        std::env::var_os("CI").is_none(),
+        "this test needs {missing}"
+    );
     eprintln!("left out: needs {missing}");
     false
 }
@@ -45,13 +48,22 @@ impl Image {
         fs::create_dir(&tree).unwrap();
         fs::write(tree.join("word"), word).unwrap();
         let path = folder.path().join("image");
-        let made = Command::new("mksquashfs").args([&tree, &path]).args(["-quiet", "-no-progress"]).output().unwrap();
+        let made = Command::new("mksquashfs")
+            .args([&tree, &path])
+            .args(["-quiet", "-no-progress"])
+            .output()
+            .unwrap();
         assert!(made.status.success(), "{made:?}");
         let mut file = File::options().append(true).open(&path).unwrap();
         let size = file.metadata().unwrap().len();
         let data_size = size.next_multiple_of(4096);
-        file.write_all(&vec![0; (data_size - size) as usize + 8192]).unwrap();
-        Image { folder, path, data_size }
+        file.write_all(&vec![0; (data_size - size) as usize + 8192])
+            .unwrap();
+        Image {
+            folder,
+            path,
+            data_size,
+        }
     }
 
     fn open(&self) -> File {
@@ -59,7 +71,11 @@ impl Image {
     }
 
     fn attach(&self, file: &File) -> Result<LoopDevice, MountError> {
-        let image = ImageFile { file: file.as_fd(), data_size: self.data_size, label: "test-image" };
+        let image = ImageFile {
+            file: file.as_fd(),
+            data_size: self.data_size,
+            label: "test-image",
+        };
         LoopDevice::attach(image, self.folder.path())
     }
 
@@ -175,7 +191,11 @@ fn the_mount_cannot_be_written_and_ends_at_the_hash_tree() {
     let error = openat(&mount, c"word", flags, Mode::empty()).unwrap_err();
     assert_eq!(error, Errno::ROFS);
     let sys = Path::new("/sys/block").join(device.path().file_name().unwrap());
-    let sectors: u64 = fs::read_to_string(sys.join("size")).unwrap().trim().parse().unwrap();
+    let sectors: u64 = fs::read_to_string(sys.join("size"))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
     assert_eq!(sectors * 512, image.data_size);
     assert!(fs::metadata(&image.path).unwrap().size() > image.data_size);
     assert_eq!(fs::read_to_string(sys.join("ro")).unwrap().trim(), "1");
@@ -192,11 +212,18 @@ fn what_is_no_image_is_refused() {
     let with = |file: &File, data_size| {
         let label = "test-image";
         let file = file.as_fd();
-        let wanted = ImageFile { file, data_size, label };
+        let wanted = ImageFile {
+            file,
+            data_size,
+            label,
+        };
         LoopDevice::attach(wanted, image.folder.path())
     };
     let short = with(&image.open(), image.data_size + (1 << 20));
-    assert!(matches!(short, Err(MountError::Truncated { .. })), "{short:?}");
+    assert!(
+        matches!(short, Err(MountError::Truncated { .. })),
+        "{short:?}"
+    );
     let odd = with(&image.open(), image.data_size - 1);
     assert!(matches!(odd, Err(MountError::BadSize { .. })), "{odd:?}");
     let folder = with(&File::open("/").unwrap(), 512);

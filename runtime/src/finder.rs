@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use crate::channel::Channel;
 use crate::refusal::{Refusal, code};
 use crate::sys;
+use crate::text::plain;
 use crate::wanted::Wanted;
 use crate::wire::{Body, Job};
 
@@ -311,7 +312,11 @@ impl<'a> StoreDir<'a> {
         match open(path, flags, Mode::empty()) {
             Ok(root) => Ok(StoreDir { root, path }),
             Err(errno) => {
-                let line = format!("cannot open the image store `{}`: {errno}", path.display());
+                let line = format!(
+                    "cannot open the image store `{}`: {}",
+                    path.display(),
+                    plain(&errno.into())
+                );
                 Err(Refusal::new(code::UNAVAILABLE, line)
                     .hint("is its filesystem mounted on this node? `berth doctor` tells"))
             }
@@ -336,7 +341,8 @@ impl<'a> StoreDir<'a> {
     }
 
     fn refused(&self, name: &str, part: &str, errno: Errno) -> Refusal {
-        let line = format!("cannot open the {part} of `{name}` in the store: {errno}");
+        let why = plain(&errno.into());
+        let line = format!("cannot open the {part} of `{name}` in the store: {why}");
         match errno {
             Errno::ACCESS | Errno::PERM => Refusal::new(code::PERMISSION, line).hint(
                 "the image is restricted: its owner or the site's admins may give you the right",

@@ -18,6 +18,7 @@ use thiserror::Error;
 
 use crate::channel::Channel;
 use crate::sys::{self, Child};
+use crate::text::plain;
 use crate::user::User;
 
 /// How long one path may take to open.
@@ -33,13 +34,13 @@ const LARGEST: usize = 48 << 10;
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// The system refused.
-    #[error("{0}")]
+    #[error("{}", plain(.0))]
     Refused(#[source] io::Error),
     /// The filesystem did not answer in time.
     #[error("its filesystem did not answer within {} s", PATIENCE.as_secs())]
     Slow,
     /// The child ended, or could not be started.
-    #[error("the process that opens it as the user ended: {0}")]
+    #[error("the process that opens it as the user ended: {}", plain(.0))]
     Ended(#[source] io::Error),
 }
 

@@ -10,13 +10,15 @@ use berth_image::key::KeyError;
 use rustix::fs::{Mode, OFlags, Stat, fstat, open, stat};
 use thiserror::Error;
 
+use crate::text::plain;
+
 /// Largest file of this kind, in bytes.
 const LARGEST: u64 = 1 << 20;
 
 /// Why such a file is not believed.
 #[derive(Debug, Error)]
 pub(crate) enum TrustError {
-    #[error("cannot read `{}`: {source}", path.display())]
+    #[error("cannot read `{}`: {}", path.display(), plain(source))]
     Read {
         path: PathBuf,
         #[source]

@@ -2,7 +2,8 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
+use rustix::fs::{CWD, Mode, OFlags, fstat, mkdirat, openat, stat};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
@@ -89,7 +90,19 @@ impl Stage {
 pub(super) fn change_root(root: OwnedFd) -> Result<(), ViewError> {
     fchdir(&root).map_err(step("enter the new root"))?;
     pivot_root(".", ".").map_err(step("change the root"))?;
-    // The old root now lies over the new one.
-    unmount(".", UnmountFlags::DETACH).map_err(step("let go of the old root"))?;
-    chdir("/").map_err(step("enter the new root"))
+    // Over the new root now lies the old one, and over that the stage. Each call takes away the topmost.
+    for _ in 0..2 {
+        unmount(".", UnmountFlags::DETACH).map_err(step("let go of the old root"))?;
+    }
+    chdir("/").map_err(step("enter the new root"))?;
+    // Whoever enters the namespace starts at its topmost root, which is where ".." of the root leads.
+    let (new, top) = (fstat(&root), stat("/.."));
+    let (new, top) = (
+        new.map_err(step("look at the new root"))?,
+        top.map_err(step("look at the new root"))?,
+    );
+    if (new.st_dev, new.st_ino) != (top.st_dev, top.st_ino) {
+        return Err(step("let go of the old root")(Errno::BUSY));
+    }
+    Ok(())
 }

@@ -7,14 +7,14 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::opener::OpenError;
-use crate::text::shown;
+use crate::text::{plain, shown};
 
 /// Why there is no view. The text is one line for the user.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ViewError {
     /// The child that opens users' paths could not be started.
-    #[error("cannot start the process that opens files as the user: {0}")]
+    #[error("cannot start the process that opens files as the user: {}", plain(.0))]
     Opener(#[source] io::Error),
     /// What was to be bound could not be opened.
     #[error("cannot bind {what} `{}`: {source}", shown(path))]
@@ -60,7 +60,7 @@ pub enum ViewError {
         source: OpenError,
     },
     /// The kernel refused one step for one bind.
-    #[error("cannot {step} `{}`: {source}", shown(target))]
+    #[error("cannot {step} `{}`: {}", shown(target), plain(source))]
     At {
         step: &'static str,
         target: PathBuf,
@@ -68,7 +68,7 @@ pub enum ViewError {
         source: io::Error,
     },
     /// The kernel refused a step.
-    #[error("cannot {step}: {source}")]
+    #[error("cannot {step}: {}", plain(source))]
     Step {
         step: &'static str,
         #[source]

@@ -118,7 +118,8 @@ fn working_directory(spec: &ViewSpec, opener: &mut Opener) -> Result<PathBuf, Vi
     }
     let candidates = [Some(&spec.job_cwd), spec.image_cwd.as_ref()];
     for path in candidates.into_iter().flatten() {
-        if path.is_absolute() && opener.enter(path).is_ok() {
+        let names_one = path.is_absolute() && path != Path::new("/");
+        if names_one && opener.enter(path).is_ok() {
             return Ok(path.clone());
         }
     }
