@@ -152,12 +152,13 @@ fn filters() -> Result<[BpfProgram; 3], SandboxError> {
     };
     let thread = libc::CLONE_THREAD as u64;
     let is_thread = when(0, SeccompCmpOp::MaskedEq(thread), thread)?;
-    // Debug builds of the standard library look whether what they close is open.
+    // A second number for the same file; and debug builds of the standard library look whether what they close is open.
+    let is_copy = when(1, SeccompCmpOp::Eq, libc::F_DUPFD_CLOEXEC as u64)?;
     let is_look = when(1, SeccompCmpOp::Eq, libc::F_GETFD as u64)?;
     let mut allowed: BTreeMap<i64, Vec<SeccompRule>> =
         ALLOWED.iter().map(|&call| (call, vec![])).collect();
     allowed.insert(libc::SYS_clone, vec![is_thread]);
-    allowed.insert(libc::SYS_fcntl, vec![is_look]);
+    allowed.insert(libc::SYS_fcntl, vec![is_copy, is_look]);
     Ok([
         // Its flags lie in memory, where a filter cannot look: without it the C library uses clone.
         refuse(libc::SYS_clone3, libc::ENOSYS)?,

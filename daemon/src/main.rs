@@ -125,8 +125,10 @@ fn stop_on_signals() -> std::io::Result<CancellationToken> {
 }
 
 fn seal(config: &Config, parent: Option<i32>) -> ExitCode {
-    let _ = (config, parent);
-    ExitCode::SUCCESS
+    match berthd::seal::run(config, parent) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => fail(&e, e.hint().as_deref(), e.exit_code()),
+    }
 }
 
 /// One line that says what and why, one that says what to do.
