@@ -11,5 +11,6 @@ pub mod check;
 pub mod compress;
 pub mod format;
 pub mod read;
+mod spill;
 pub mod verity;
 pub mod write;

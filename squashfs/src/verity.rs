@@ -13,8 +13,11 @@
 //! The leaf level (1/128 of the data) is collected while the data goes out, so nothing is read again.
 
 use std::io;
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
+
+use crate::spill::Spill;
 
 /// Bytes of a data block and of a hash block.
 pub const BLOCK: usize = 4096;
@@ -31,56 +34,124 @@ pub struct VerityOptions {
     pub uuid: [u8; 16],
 }
 
-/// Hashes blocks; cheap to clone.
-#[derive(Debug, Clone)]
-pub struct BlockHasher(Sha256);
-
-impl BlockHasher {
-    /// A hasher with this salt.
-    pub fn new(salt: &[u8]) -> Self {
-        Self(Sha256::new_with_prefix(salt))
-    }
-
-    /// The digest of one block, which must be [`BLOCK`] bytes long.
-    pub fn digest(&self, block: &[u8]) -> [u8; DIGEST] {
-        debug_assert_eq!(block.len(), BLOCK);
-        self.0.clone().chain_update(block).finalize().into()
-    }
+/// The leaf level of a tree that is being made: the digests of all data blocks, in order.
+///
+/// Invariant: `memory` holds the last digests; earlier ones are in the spill file, in pieces of `keep` bytes.
+#[derive(Debug)]
+pub struct Leaves {
+    /// Has taken in the salt.
+    salted: Sha256,
+    options: VerityOptions,
+    memory: Vec<u8>,
+    keep: usize,
+    spill: Option<Arc<Spill>>,
+    spilled: Vec<u64>,
 }
 
-/// Writes the superblock and the tree over `leaves` (the digests of all data blocks, one after another)
-/// and returns the root digest. At least one leaf is needed.
-pub fn write_tree(
-    options: &VerityOptions,
-    mut leaves: Vec<u8>,
-    mut out: impl FnMut(&[u8]) -> io::Result<()>,
-) -> io::Result<[u8; DIGEST]> {
-    let data_blocks = leaves.len() / DIGEST;
-    assert!(
-        data_blocks > 0 && leaves.len().is_multiple_of(DIGEST),
-        "leaves are whole digests"
-    );
-    let hasher = BlockHasher::new(&options.salt);
-    out(&superblock(options, data_blocks as u64))?;
-    if data_blocks == 1 {
+impl Leaves {
+    /// Without a spill file all digests stay in memory: 1/128 of the data. With one, no more than `keep`
+    /// bytes (a multiple of [`BLOCK`]) do.
+    pub(crate) fn new(options: VerityOptions, keep: usize, spill: Option<Arc<Spill>>) -> Self {
+        debug_assert!(keep > 0 && keep.is_multiple_of(BLOCK));
+        let salted = Sha256::new_with_prefix(options.salt);
+        Self {
+            salted,
+            options,
+            memory: Vec::new(),
+            keep,
+            spill,
+            spilled: Vec::new(),
+        }
+    }
+
+    /// Adds the next data block, which must be [`BLOCK`] bytes long.
+    pub fn add(&mut self, block: &[u8]) -> io::Result<()> {
+        self.memory.extend_from_slice(&self.digest(block));
+        if let Some(spill) = self
+            .spill
+            .as_ref()
+            .filter(|_| self.memory.len() == self.keep)
+        {
+            self.spilled.push(spill.put(&self.memory)?);
+            self.memory.clear();
+        }
+        Ok(())
+    }
+
+    /// Puts another block in the place of the first one, which must have been added.
+    pub fn replace_first(&mut self, block: &[u8]) -> io::Result<()> {
+        let digest = self.digest(block);
+        match (&self.spill, self.spilled.first()) {
+            (Some(spill), Some(&first)) => spill.patch(first, &digest),
+            _ => {
+                self.memory[..DIGEST].copy_from_slice(&digest);
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes the superblock and the tree and returns the root digest. At least one block is needed.
+    pub fn write_tree(
+        mut self,
+        mut out: impl FnMut(&[u8]) -> io::Result<()>,
+    ) -> io::Result<[u8; DIGEST]> {
+        let data_blocks = (self.spilled.len() * self.keep + self.memory.len()) / DIGEST;
+        assert!(data_blocks > 0, "a tree is over something");
+        out(&superblock(&self.options, data_blocks as u64))?;
+        if data_blocks == 1 {
+            let mut root = [0; DIGEST];
+            root.copy_from_slice(&self.memory);
+            return Ok(root);
+        }
+        pad(&mut self.memory);
+        // From the level above the leaves up: 1/128 of them, and less.
+        let mut levels = Vec::new();
+        let mut level = Vec::new();
+        self.for_each_part(|part| {
+            part.chunks_exact(BLOCK)
+                .for_each(|block| level.extend_from_slice(&self.digest(block)));
+            Ok(())
+        })?;
+        while level.len() > DIGEST {
+            pad(&mut level);
+            let above = level
+                .chunks_exact(BLOCK)
+                .flat_map(|block| self.digest(block))
+                .collect();
+            levels.push(std::mem::replace(&mut level, above));
+        }
+        for level in levels.iter().rev() {
+            out(level)?;
+        }
+        self.for_each_part(&mut out)?;
         let mut root = [0; DIGEST];
-        root.copy_from_slice(&leaves);
-        return Ok(root);
+        root.copy_from_slice(&level);
+        Ok(root)
     }
-    pad(&mut leaves);
-    let mut levels = vec![leaves];
-    while let Some(below) = levels.last().filter(|level| level.len() > BLOCK) {
-        let mut level = Vec::with_capacity((below.len() / FANOUT).next_multiple_of(BLOCK));
-        below
-            .chunks_exact(BLOCK)
-            .for_each(|block| level.extend_from_slice(&hasher.digest(block)));
-        pad(&mut level);
-        levels.push(level);
+
+    /// All leaves in order, in whole blocks.
+    fn for_each_part(&self, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+        if let Some(spill) = &self.spill {
+            let mut part = vec![
+                0;
+                if self.spilled.is_empty() {
+                    0
+                } else {
+                    self.keep
+                }
+            ];
+            for &at in &self.spilled {
+                spill.get(at, &mut part)?;
+                each(&part)?;
+            }
+        }
+        each(&self.memory)
     }
-    for level in levels.iter().rev() {
-        out(level)?;
+
+    fn digest(&self, block: &[u8]) -> [u8; DIGEST] {
+        debug_assert_eq!(block.len(), BLOCK);
+        self.salted.clone().chain_update(block).finalize().into()
     }
-    Ok(levels.last().map_or([0; DIGEST], |top| hasher.digest(top)))
 }
 
 /// Bytes that superblock and tree take behind `data_len` bytes (a multiple of [`BLOCK`]).
@@ -126,13 +197,14 @@ mod tests {
         uuid: [9; 16],
     };
 
-    fn tree(blocks: usize) -> (Vec<u8>, [u8; 32]) {
-        let hasher = BlockHasher::new(&OPTIONS.salt);
-        let leaves = (0..blocks)
-            .flat_map(|i| hasher.digest(&[i as u8; BLOCK]))
-            .collect();
+    fn tree(blocks: usize, spill: Option<Spill>) -> (Vec<u8>, [u8; 32]) {
+        let mut leaves = Leaves::new(OPTIONS, 2 * BLOCK, spill.map(Arc::new));
+        for i in 0..blocks {
+            leaves.add(&[i as u8; BLOCK]).unwrap();
+        }
+        leaves.replace_first(&[1; BLOCK]).unwrap();
         let mut out = Vec::new();
-        let root = write_tree(&OPTIONS, leaves, |part| {
+        let root = leaves.write_tree(|part| {
             out.extend_from_slice(part);
             Ok(())
         });
@@ -140,11 +212,16 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_is_as_long_as_foretold() {
-        for blocks in [1, 2, 127, 128, 129, 128 * 128, 128 * 128 + 1] {
+    fn a_tree_is_as_long_as_foretold_and_the_same_with_a_spill_file() {
+        for blocks in [1, 2, 127, 128, 129, 255, 256, 257, 128 * 128, 128 * 128 + 1] {
+            let (bytes, root) = tree(blocks, None);
             assert_eq!(
-                tree(blocks).0.len() as u64,
+                bytes.len() as u64,
                 tree_len((blocks * BLOCK) as u64),
+                "{blocks} blocks"
+            );
+            assert!(
+                tree(blocks, Some(Spill::new(tempfile::tempfile().unwrap()))) == (bytes, root),
                 "{blocks} blocks"
             );
         }
@@ -152,8 +229,13 @@ mod tests {
 
     #[test]
     fn one_block_is_its_own_root() {
-        let (bytes, root) = tree(1);
-        assert_eq!(root, BlockHasher::new(&OPTIONS.salt).digest(&[0; BLOCK]));
+        let (bytes, root) = tree(1, None);
+        assert_eq!(
+            root,
+            *Sha256::new_with_prefix([7; 32])
+                .chain_update([1; BLOCK])
+                .finalize()
+        );
         assert_eq!(&bytes[..8], b"verity\0\0");
     }
 }

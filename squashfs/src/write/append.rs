@@ -8,8 +8,6 @@
 //! buffers go on circulating.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
@@ -19,6 +17,7 @@ use super::share::{Beginnings, Hash, KnownBlocks, Run, SmallFiles, Stored};
 use super::worker::{Form, Job, Pool, Slot};
 use super::{FileHandle, Settings, Shared, WriteError};
 use crate::format::{BlockSize, FragmentEntry, NO_FRAGMENT};
+use crate::spill::Spill;
 
 /// Full fragments that may be on their way. Changing it changes the bytes of images.
 const FRAGMENT_LAG: usize = 32;
@@ -177,8 +176,7 @@ pub(super) struct Appender {
     arrived: Receiver<Arrival>,
     shared: Arc<Shared>,
     ahead: u64,
-    spill: Option<File>,
-    spilled: u64,
+    spill: Option<Arc<Spill>>,
 
     lanes: HashMap<u32, LaneState>,
     turn: u32,
@@ -211,7 +209,7 @@ impl Appender {
         arrived: Receiver<Arrival>,
         shared: Arc<Shared>,
         ahead: u64,
-        spill: Option<File>,
+        spill: Option<Arc<Spill>>,
     ) -> Self {
         // With a spill file nobody has to wait.
         shared
@@ -226,7 +224,6 @@ impl Appender {
             shared,
             ahead,
             spill,
-            spilled: 0,
             lanes: HashMap::new(),
             turn: 0,
             closed: 0,
@@ -589,13 +586,9 @@ impl Appender {
         };
         let kept = match &self.spill {
             Some(spill) if self.shared.gate.kept() + bytes.len() as u64 > self.ahead => {
-                spill
-                    .write_all_at(bytes, self.spilled)
-                    .map_err(WriteError::io("write the spill file"))?;
-                let at = self.spilled;
-                self.spilled += bytes.len() as u64;
+                let put = spill.put(bytes);
                 KeptBytes::Spilled {
-                    at,
+                    at: put.map_err(WriteError::io("write the spill file"))?,
                     len: bytes.len(),
                 }
             }
@@ -621,7 +614,7 @@ impl Appender {
                 let mut bytes = vec![0; len];
                 let spill = self.spill.as_ref().ok_or(WriteError::Aborted)?;
                 spill
-                    .read_exact_at(&mut bytes, at)
+                    .get(at, &mut bytes)
                     .map_err(WriteError::io("read the spill file"))?;
                 bytes
             }

@@ -131,7 +131,7 @@ pub(super) fn finish(
         export_table,
     }
     .encode(&mut superblock);
-    let sealed = out.seal(&superblock, settings.verity.as_ref())?;
+    let sealed = out.seal(&superblock)?;
     Ok(Finished {
         squashfs_size,
         hash_offset: sealed.hash_offset,

@@ -23,7 +23,8 @@
 //! compressed again.
 //!
 //! **Memory**: about `(2 * threads + 10 + 32) * 2.1 * block_size` for buffers and 8 MiB for output,
-//! `ahead`, 100 bytes a file, 130 bytes a data block, 1/128 of the image for verity, and the tree.
+//! `ahead`, 100 bytes a file, 130 bytes a data block, 1/128 of the image for verity (16 MiB with a spill
+//! file), and the tree.
 //!
 //! ```no_run
 //! use berth_squashfs::write::{ImageWriter, Kind, Meta, Tree, WriteOptions};
@@ -70,7 +71,8 @@ pub use xattr::XattrSet;
 
 use crate::compress::{Compression, Compressor};
 use crate::format::{MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
-use crate::verity::{DIGEST, VerityOptions};
+use crate::spill::Spill;
+use crate::verity::{DIGEST, Leaves, VerityOptions};
 use append::{Appended, Appender, Arrival};
 use lane::Gate;
 use output::Output;
@@ -93,7 +95,8 @@ pub struct WriteOptions {
     pub threads: usize,
     /// Bytes that lanes whose turn has not come may keep in memory.
     pub ahead: u64,
-    /// Where they keep the rest: an unlinked file, open for reading and writing.
+    /// Where they keep the rest, and the verity leaves of a large image (1/128 of it): an unlinked file, open
+    /// for reading and writing, that is never shrunk.
     pub spill: Option<File>,
 }
 
@@ -154,6 +157,9 @@ pub struct Finished {
     pub inodes: u32,
 }
 
+/// Bytes of verity leaves (1/128 of the image) that stay in memory when there is a spill file.
+const LEAVES_KEPT: usize = 8 << 20;
+
 /// What all threads of one writer see.
 #[derive(Debug, Default)]
 struct Shared {
@@ -204,14 +210,13 @@ pub struct ImageWriter {
     lanes: u32,
 }
 
-/// The options that decide bytes.
+/// The options that decide the file system's bytes.
 #[derive(Debug, Clone, Copy)]
 struct Settings {
     compression: Compression,
     level: i32,
     block_size: u32,
     mkfs_time: u32,
-    verity: Option<VerityOptions>,
 }
 
 impl ImageWriter {
@@ -246,13 +251,14 @@ impl ImageWriter {
             level,
             block_size,
             mkfs_time,
-            verity,
         };
         let compressors = (0..threads)
             .map(|_| Compressor::new(compression, level))
             .collect::<Result<Vec<_>, _>>()?;
         let shared = Arc::new(Shared::default());
-        let mut output = Output::start(file, verity.as_ref(), Arc::clone(&shared))?;
+        let spill = spill.map(|file| Arc::new(Spill::new(file)));
+        let leaves = verity.map(|verity| Leaves::new(verity, LEAVES_KEPT, spill.clone()));
+        let mut output = Output::start(file, leaves, Arc::clone(&shared))?;
         output.append(&finish::opening(&settings))?;
 
         let (arrivals, arrived) = unbounded();

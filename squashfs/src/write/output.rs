@@ -14,7 +14,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::{Shared, WriteError};
 use crate::format::PAD;
-use crate::verity::{BLOCK, BlockHasher, DIGEST, VerityOptions, write_tree};
+use crate::verity::{BLOCK, DIGEST, Leaves};
 
 /// Bytes of one write.
 const PIECE: usize = 1 << 20;
@@ -36,15 +36,15 @@ pub(super) struct Output {
     back: Receiver<Vec<u8>>,
     /// Pieces that came back before they were needed.
     spare: Vec<Vec<u8>>,
-    writer: Option<JoinHandle<Result<Leaves, WriteError>>>,
+    writer: Option<JoinHandle<Result<Written, WriteError>>>,
     shared: Arc<Shared>,
 }
 
-/// The digests of all blocks written, in order (none without verity), and the first block.
-struct Leaves {
-    digests: Vec<u8>,
-    hasher: Option<BlockHasher>,
+/// What the writing thread leaves behind.
+struct Written {
+    /// The first block, still without a superblock.
     first: Vec<u8>,
+    leaves: Option<Leaves>,
 }
 
 /// Where everything ended.
@@ -58,7 +58,7 @@ pub(super) struct Sealed {
 impl Output {
     pub(super) fn start(
         file: File,
-        verity: Option<&VerityOptions>,
+        leaves: Option<Leaves>,
         shared: Arc<Shared>,
     ) -> Result<Self, WriteError> {
         let file = Arc::new(file);
@@ -68,11 +68,10 @@ impl Output {
             // The channel has room for all.
             let _ = give.send(Vec::new());
         }
-        let hasher = verity.map(|v| BlockHasher::new(&v.salt));
         let (target, seen) = (Arc::clone(&file), Arc::clone(&shared));
         let writer = std::thread::Builder::new()
             .name("squashfs-write".into())
-            .spawn(move || write_all(&target, &to_write, &give, hasher, &seen))
+            .spawn(move || write_all(&target, &to_write, &give, leaves, &seen))
             .map_err(WriteError::io("start a thread"))?;
         Ok(Self {
             file,
@@ -108,28 +107,30 @@ impl Output {
     pub(super) fn append_copy(&mut self, mut at: u64, mut len: u64) -> Result<(), WriteError> {
         let mut buffer = vec![0; len.min(64 << 10) as usize];
         while len > 0 {
-            let part = &mut buffer[..len.min(64 << 10) as usize];
-            let part_len = part.len();
-            self.read_back(at, part_len, &mut buffer)?;
-            self.append(&buffer[..part_len])?;
-            at += part_len as u64;
-            len -= part_len as u64;
+            buffer.truncate(len.min(64 << 10) as usize);
+            self.read_back(at, &mut buffer)?;
+            self.append(&buffer)?;
+            at += buffer.len() as u64;
+            len -= buffer.len() as u64;
         }
         Ok(())
     }
 
-    fn read_back(&mut self, at: u64, len: usize, out: &mut [u8]) -> Result<(), WriteError> {
-        let in_file = self.sent.saturating_sub(at).min(len as u64) as usize;
-        if in_file > 0 {
-            while self.written < at + in_file as u64 {
+    /// Fills `out` from `at` on: from the file, and from what has not gone there yet.
+    fn read_back(&mut self, at: u64, out: &mut [u8]) -> Result<(), WriteError> {
+        let in_file = self.sent.saturating_sub(at).min(out.len() as u64);
+        let (from_file, from_piece) = out.split_at_mut(in_file as usize);
+        if !from_file.is_empty() {
+            while self.written < at + in_file {
                 self.reclaim()?;
             }
-            self.file
-                .read_exact_at(&mut out[..in_file], at)
-                .map_err(WriteError::io("read the image back"))?;
+            let read = self.file.read_exact_at(from_file, at);
+            read.map_err(WriteError::io("read the image back"))?;
         }
-        let from = (at + in_file as u64 - self.sent.min(at + in_file as u64)) as usize;
-        out[in_file..len].copy_from_slice(&self.piece[from..from + len - in_file]);
+        if !from_piece.is_empty() {
+            let start = (at + in_file - self.sent) as usize;
+            from_piece.copy_from_slice(&self.piece[start..start + from_piece.len()]);
+        }
         Ok(())
     }
 
@@ -164,11 +165,7 @@ impl Output {
     }
 
     /// Pads the file, appends the verity tree and writes the first block with this superblock.
-    pub(super) fn seal(
-        mut self,
-        superblock: &[u8],
-        verity: Option<&VerityOptions>,
-    ) -> Result<Sealed, WriteError> {
+    pub(super) fn seal(mut self, superblock: &[u8]) -> Result<Sealed, WriteError> {
         let fill = self.position().next_multiple_of(PAD) - self.position();
         self.append(&[0; PAD as usize][..fill as usize])?;
         let piece = std::mem::take(&mut self.piece);
@@ -176,37 +173,29 @@ impl Output {
         if self.pieces.take().is_none_or(|p| p.send(piece).is_err()) {
             return Err(self.failure());
         }
-        let joined = self.writer.take().map(JoinHandle::join);
-        let Some(Ok(leaves)) = joined else {
+        let Some(Ok(written)) = self.writer.take().map(JoinHandle::join) else {
             return Err(self.shared.failure());
         };
-        let Leaves {
-            mut digests,
-            hasher,
-            mut first,
-        } = leaves?;
-        let mut end = self.sent;
+        let Written { mut first, leaves } = written?;
         first[..superblock.len()].copy_from_slice(superblock);
-        let mut verity_root = None;
-        if let (Some(hasher), Some(options)) = (hasher, verity) {
-            digests[..DIGEST].copy_from_slice(&hasher.digest(&first));
-            let write = |bytes: &[u8]| {
-                self.file.write_all_at(bytes, end)?;
-                end += bytes.len() as u64;
+        let mut file_size = self.sent;
+        let tree = leaves.map(|mut leaves| {
+            leaves.replace_first(&first)?;
+            leaves.write_tree(|bytes| {
+                self.file.write_all_at(bytes, file_size)?;
+                file_size += bytes.len() as u64;
                 Ok(())
-            };
-            verity_root = Some(
-                write_tree(options, digests, write)
-                    .map_err(WriteError::io("write the hash tree"))?,
-            );
-        }
-        self.file
-            .write_all_at(&first, 0)
-            .map_err(WriteError::io("write the superblock"))?;
+            })
+        });
+        let verity_root = tree
+            .transpose()
+            .map_err(WriteError::io("write the hash tree"))?;
+        let sealed = self.file.write_all_at(&first, 0);
+        sealed.map_err(WriteError::io("write the superblock"))?;
         Ok(Sealed {
             hash_offset: verity_root.map(|_| self.sent),
             verity_root,
-            file_size: end,
+            file_size,
         })
     }
 }
@@ -215,26 +204,21 @@ fn write_all(
     file: &File,
     pieces: &Receiver<Vec<u8>>,
     back: &Sender<Vec<u8>>,
-    hasher: Option<BlockHasher>,
+    mut leaves: Option<Leaves>,
     shared: &Shared,
-) -> Result<Leaves, WriteError> {
-    let mut leaves = Leaves {
-        digests: Vec::new(),
-        hasher,
-        first: Vec::new(),
-    };
+) -> Result<Written, WriteError> {
+    let mut first = Vec::new();
     let (mut at, mut asked) = (0u64, 0u64);
     for piece in pieces {
         if at == 0 {
-            leaves.first = piece[..BLOCK].to_vec();
+            first = piece[..BLOCK].to_vec();
         }
         file.write_all_at(&piece, at)
             .map_err(WriteError::io("write the image"))?;
         at += piece.len() as u64;
-        if let Some(hasher) = &leaves.hasher {
-            piece
-                .chunks(BLOCK)
-                .for_each(|block| leaves.digests.extend_from_slice(&hasher.digest(block)));
+        if let Some(leaves) = &mut leaves {
+            let added = piece.chunks(BLOCK).try_for_each(|block| leaves.add(block));
+            added.map_err(WriteError::io("write the spill file"))?;
         }
         shared.bytes_out.store(at, Ordering::Relaxed);
         if at - asked >= WRITE_BACK {
@@ -250,5 +234,5 @@ fn write_all(
         // Nobody may be left who wants it.
         let _ = back.send(piece);
     }
-    Ok(leaves)
+    Ok(Written { first, leaves })
 }
