@@ -185,6 +185,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_ftruncate,
     libc::SYS_fallocate,
     libc::SYS_sync_file_range,
+    libc::SYS_fadvise64,
     libc::SYS_close,
     // Memory.
     libc::SYS_brk,
