@@ -10,10 +10,11 @@ use std::time::Duration;
 use berth_client::api::{ErrorBody, ErrorKind};
 use berth_config::Config;
 use berth_image::{Digest, Platform};
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use serde::Deserialize;
 use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinSet;
 
 use crate::admit::admit;
 use crate::catalogue::{Catalogue, ImageRow};
@@ -294,11 +295,13 @@ impl Inner {
         news: &watch::Sender<Progress>,
     ) -> Result<ImageRow, Attempt> {
         let mut readers = Vec::new();
-        let mut feeders = JoinSet::new();
+        // Dropped after `answer`, whatever ends this: the connection closes first, because an end of file on a pipe
+        // says that the layer is whole.
+        let mut feeders = FuturesUnordered::new();
         for blob in blobs {
             let (reader, writer) = new_pipe().map_err(|e| internal(format!("no pipe: {e}")))?;
             readers.push(reader);
-            feeders.spawn(feed(blob.clone(), writer));
+            feeders.push(feed(blob.clone(), writer));
         }
         news.send_modify(|p| p.converting = true);
         let progress = |p: crate::seal::protocol::Progress| {
@@ -308,14 +311,8 @@ impl Inner {
         let answer = loop {
             tokio::select! {
                 answer = &mut answer => break answer,
-                Some(fed) = feeders.join_next() => {
-                    // A pipe that a panic closed would say "whole": the same as a failure, but never seen as one.
-                    let Ok(fed) = fed else {
-                        drop(answer);
-                        return Err(Attempt::Final(internal("a feeder was lost".into())));
-                    };
+                Some(fed) = feeders.next() => {
                     if let Err(failed) = fed {
-                        // The connection first: an end of file on a pipe says that the layer is whole.
                         drop(answer);
                         drop(failed.pipe);
                         return Err(fetch_failed(failed.error));

@@ -19,6 +19,8 @@ pub mod seal;
 mod sealer;
 pub mod serve;
 pub mod start;
+#[cfg(test)]
+mod testbed;
 
 /// Installs the one TLS provider of the process (two are compiled in by dependencies, and rustls takes neither by
 /// itself). Does nothing the second time.

@@ -107,55 +107,9 @@ pub async fn run(
     config_path: PathBuf,
     stop: CancellationToken,
 ) -> Result<(), StartError> {
-    install_tls();
     let config = Arc::new(config);
-    let store = Arc::new(Store::open(
-        &config.store.path,
-        None,
-        Some(&config.store.owner),
-    )?);
-    let state_dir = &config.daemon.state_dir;
-    let _lock = lock_state(state_dir)?;
-    let catalogue = Catalogue::open(state_dir).await?;
-    check_same_store(&catalogue, &store).await?;
-
-    let metrics = Arc::new(Metrics::default());
-    let registries = Arc::new(Registries::new(&config));
-    let fetcher = Fetcher::new(&config, registries.clone(), metrics.clone()).map_err(|source| {
-        StartError::State {
-            path: state_dir.clone(),
-            source,
-        }
-    })?;
-    let resolver = Resolver::new(&config, registries, catalogue.clone());
-    let sealer = Sealer::new(&config, &store.format().uuid, metrics.clone());
-    let maker = Maker::new(
-        &config,
-        resolver.clone(),
-        fetcher.clone(),
-        sealer.clone(),
-        catalogue.clone(),
-        metrics.clone(),
-    );
-    let pulls = Pulls::new(
-        resolver.clone(),
-        maker,
-        sealer.clone(),
-        catalogue.clone(),
-        metrics.clone(),
-    );
-    let app = Arc::new(App {
-        config: config.clone(),
-        store: store.clone(),
-        catalogue: catalogue.clone(),
-        resolver,
-        fetcher: fetcher.clone(),
-        pulls: pulls.clone(),
-        sealer: sealer.clone(),
-        metrics,
-        started_at: Timestamp::now(),
-    });
-
+    let app = assemble(config.clone()).await?;
+    let sealer = app.sealer.clone();
     let unix = serve::listen_unix(&config.api.socket)?;
     let tcp = match &config.api.listen {
         None => None,
@@ -188,18 +142,7 @@ pub async fn run(
     };
     let mut serving = std::pin::pin!(serving);
     let begun = async {
-        let scanned = scan(&catalogue, store.clone(), Arc::new(trusted_keys(&config))).await?;
-        tracing::info!(
-            added = scanned.added,
-            removed = scanned.removed,
-            refused = scanned.refused,
-            "the store was compared with the catalogue"
-        );
-        fetcher.trim();
-        pulls
-            .resume()
-            .await
-            .map_err(|e| CatalogueError::Content(e.message))?;
+        begin(&app).await?;
         if sealer.ready().await.is_ok() {
             notify::ready();
             tracing::info!(socket = %config.api.socket.display(), "ready");
@@ -227,8 +170,71 @@ pub async fn run(
     if tokio::time::timeout(GRACE, sealer_runs).await.is_err() {
         tracing::error!("the sealer does not end");
     }
-    let _ = tokio::time::timeout(GRACE, catalogue.close()).await;
+    let _ = tokio::time::timeout(GRACE, app.catalogue.close()).await;
     result
+}
+
+/// Opens state and store and puts the parts together. Nothing runs yet.
+pub(crate) async fn assemble(config: Arc<Config>) -> Result<Arc<App>, StartError> {
+    install_tls();
+    let owner = Some(config.store.owner.as_str());
+    let store = Arc::new(Store::open(&config.store.path, None, owner)?);
+    let state_dir = &config.daemon.state_dir;
+    let lock = lock_state(state_dir)?;
+    let catalogue = Catalogue::open(state_dir).await?;
+    check_same_store(&catalogue, &store).await?;
+    let metrics = Arc::new(Metrics::default());
+    let registries = Arc::new(Registries::new(&config));
+    let fetcher = Fetcher::new(&config, registries.clone(), metrics.clone());
+    let fetcher = fetcher.map_err(|source| StartError::State {
+        path: state_dir.clone(),
+        source,
+    })?;
+    let resolver = Resolver::new(&config, registries, catalogue.clone());
+    let sealer = Sealer::new(&config, &store.format().uuid, metrics.clone());
+    let maker = Maker::new(
+        &config,
+        resolver.clone(),
+        fetcher.clone(),
+        sealer.clone(),
+        catalogue.clone(),
+        metrics.clone(),
+    );
+    let pulls = Pulls::new(
+        resolver.clone(),
+        maker,
+        sealer.clone(),
+        catalogue.clone(),
+        metrics.clone(),
+    );
+    Ok(Arc::new(App {
+        config,
+        store,
+        catalogue,
+        resolver,
+        fetcher,
+        pulls,
+        sealer,
+        metrics,
+        started_at: Timestamp::now(),
+        _lock: lock,
+    }))
+}
+
+/// Brings the catalogue into line with the store, and goes on with what the last daemon left.
+pub(crate) async fn begin(app: &App) -> Result<(), CatalogueError> {
+    let keys = Arc::new(trusted_keys(&app.config));
+    let scanned = scan(&app.catalogue, app.store.clone(), keys).await?;
+    tracing::info!(
+        added = scanned.added,
+        removed = scanned.removed,
+        refused = scanned.refused,
+        "the store was compared with the catalogue"
+    );
+    app.fetcher.trim();
+    let resumed = app.pulls.resume().await;
+    resumed.map_err(|e| CatalogueError::Content(e.message))?;
+    Ok(())
 }
 
 /// The sealer as our child, where the site wants that and none runs. Ends with its code when it can never run.

@@ -2,6 +2,8 @@
 //! who asks while it runs joins it. It is nobody's child, and a restart of the daemon goes on with it under its id.
 
 mod table;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};

@@ -69,7 +69,6 @@ impl Drop for TestRegistry {
 #[derive(Debug, Clone)]
 pub(crate) struct TestImage {
     pub digest: Digest,
-    pub config: Digest,
     /// Base first.
     pub layers: Vec<Digest>,
 }
@@ -153,6 +152,7 @@ impl TestRegistry {
             ),
             listed.join(",")
         );
+        self.put_blob(repository, config.clone());
         TestImage {
             digest: self.put_manifest(
                 repository,
@@ -160,7 +160,6 @@ impl TestRegistry {
                 crate::resolve::manifest::OCI_MANIFEST,
                 &manifest,
             ),
-            config: self.put_blob(repository, config.clone()),
             layers: layers
                 .iter()
                 .map(|l| self.put_blob(repository, l.to_vec()))

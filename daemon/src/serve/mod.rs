@@ -11,6 +11,8 @@ mod pins;
 mod pulls;
 mod resolve;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -52,6 +54,8 @@ pub struct App {
     pub sealer: Sealer,
     pub metrics: Arc<Metrics>,
     pub started_at: Timestamp,
+    /// The lock on the state folder.
+    pub(crate) _lock: std::fs::File,
 }
 
 /// What a reference in a request means.
