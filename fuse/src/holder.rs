@@ -19,8 +19,8 @@ pub struct Held {
     pub device: OwnedFd,
     /// Memory made by [`crate::slots::create`].
     pub slots: OwnedFd,
-    /// The image's file.
-    pub image: OwnedFd,
+    /// The image's file, where there is one.
+    pub image: Option<OwnedFd>,
 }
 
 /// So many deaths within [`WINDOW`] are too many.
@@ -31,11 +31,13 @@ impl Held {
     /// Lets children inherit the descriptors, and names them as the arguments of `berth-fuse serve`.
     pub fn arguments(&self) -> io::Result<Vec<String>> {
         let mut arguments = Vec::new();
-        for (name, fd) in [
-            ("--device", &self.device),
-            ("--slots", &self.slots),
-            ("--image", &self.image),
-        ] {
+        let held = [
+            ("--device", Some(&self.device)),
+            ("--slots", Some(&self.slots)),
+            ("--image", self.image.as_ref()),
+        ];
+        for (name, fd) in held {
+            let Some(fd) = fd else { continue };
             rustix::io::fcntl_setfd(fd, FdFlags::empty())?;
             arguments.extend([name.to_owned(), fd.as_raw_fd().to_string()]);
         }

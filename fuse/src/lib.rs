@@ -6,12 +6,21 @@
 //! - [`slots`]: requests in memory that outlives a server;
 //! - [`session`]: the threads that serve;
 //! - [`mount`]: making it visible;
+//! - [`chunks`]: images that are elsewhere, checked piece by piece;
 //! - [`holder`]: what stays when a server dies.
 
 pub mod abi;
+pub mod chunks;
 pub mod fs;
 pub mod fuse;
 pub mod holder;
 pub mod mount;
 pub mod session;
 pub mod slots;
+
+/// Locks a mutex whose data is whole at every moment at which a thread could panic.
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}

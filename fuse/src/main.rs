@@ -1,5 +1,7 @@
 //! `berth-fuse`: mounts an image through our own reader.
 
+mod lazy;
+
 use std::fs::File;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -13,6 +15,8 @@ use berth_fuse::session::{Options, serve};
 use berth_fuse::{mount, slots};
 use berth_squashfs::read::{CacheSizes, Reader};
 use clap::{Args, Parser, Subcommand};
+
+use lazy::Lazy;
 
 /// Mount a container image through FUSE.
 #[derive(Parser)]
@@ -31,7 +35,9 @@ enum Verb {
     Mount {
         #[command(flatten)]
         serving: Serving,
-        /// The image file.
+        #[command(flatten)]
+        lazy: Lazy,
+        /// The image: a file, or `-` for one that only --from has.
         image: PathBuf,
         /// An existing folder.
         folder: PathBuf,
@@ -41,12 +47,14 @@ enum Verb {
     Serve {
         #[command(flatten)]
         serving: Serving,
+        #[command(flatten)]
+        lazy: Lazy,
         #[arg(long)]
         device: RawFd,
         #[arg(long)]
         slots: RawFd,
         #[arg(long)]
-        image: RawFd,
+        image: Option<RawFd>,
     },
 }
 
@@ -58,6 +66,12 @@ struct Serving {
     /// Seconds after which a request that was not answered fails.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     deadline: u32,
+}
+
+impl Serving {
+    fn deadline(self) -> Duration {
+        Duration::from_secs(u64::from(self.deadline))
+    }
 }
 
 type Failure = Box<dyn std::error::Error>;
@@ -73,15 +87,17 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Verb::Mount {
             serving,
+            lazy,
             image,
             folder,
-        } => run_mount(serving, &image, &folder),
+        } => run_mount(serving, &lazy, &image, &folder),
         Verb::Serve {
             serving,
+            lazy,
             device,
             slots,
             image,
-        } => run_serve(serving, device, slots, image),
+        } => run_serve(serving, &lazy, device, slots, image),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -98,11 +114,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn run_mount(serving: Serving, image: &Path, folder: &Path) -> Result<(), Failure> {
-    let file = File::open(image)
-        .map_err(|error| format!("cannot open \"{}\": {error}", image.display()))?;
+fn run_mount(serving: Serving, lazy: &Lazy, image: &Path, folder: &Path) -> Result<(), Failure> {
+    let file = match image == Path::new("-") {
+        true => None,
+        false => Some(
+            File::open(image)
+                .map_err(|error| format!("cannot open \"{}\": {error}", image.display()))?,
+        ),
+    };
     // Say what is wrong with an image before anything is mounted.
-    ImageFs::new(Reader::open(&file, CacheSizes::default())?)?;
+    let copy = file.as_ref().map(File::try_clone).transpose()?;
+    let source = lazy.open(copy.map(OwnedFd::from), serving.deadline())?;
+    ImageFs::new(Reader::open(source, CacheSizes::default())?)?;
     let device = match mount::open_device().and_then(|device| {
         let detached = mount::detached(device.as_fd())?;
         mount::attach(detached.as_fd(), folder)?;
@@ -115,7 +138,7 @@ fn run_mount(serving: Serving, image: &Path, folder: &Path) -> Result<(), Failur
     let held = Held {
         device,
         slots: slots::create()?,
-        image: file.into(),
+        image: file.map(OwnedFd::from),
     };
     let descriptors = held.arguments()?;
     println!("mounted");
@@ -126,6 +149,7 @@ fn run_mount(serving: Serving, image: &Path, folder: &Path) -> Result<(), Failur
             command
                 .arg("serve")
                 .args(&descriptors)
+                .args(lazy.arguments())
                 .args(["--threads", &serving.threads.to_string()])
                 .args(["--deadline", &serving.deadline.to_string()]);
             command
@@ -138,17 +162,28 @@ fn run_mount(serving: Serving, image: &Path, folder: &Path) -> Result<(), Failur
     }
 }
 
-fn run_serve(serving: Serving, device: RawFd, slots: RawFd, image: RawFd) -> Result<(), Failure> {
+fn run_serve(
+    serving: Serving,
+    lazy: &Lazy,
+    device: RawFd,
+    slots: RawFd,
+    image: Option<RawFd>,
+) -> Result<(), Failure> {
     // Nobody who runs under the same uid may look into, or steer, what serves other people's jobs.
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
-    let [device, slots, image] = [device, slots, image].map(inherited);
-    let reader = Reader::open(File::from(image?), CacheSizes::default())?;
+    let (device, slots) = (inherited(device)?, inherited(slots)?);
+    let source = lazy.open(image.map(inherited).transpose()?, serving.deadline())?;
+    let reader = Reader::open(source, CacheSizes::default())?;
     let options = Options {
         threads: usize::from(serving.threads),
-        deadline: Duration::from_secs(u64::from(serving.deadline)),
+        deadline: serving.deadline(),
     };
-    let slots = slots::map(slots?)?;
-    serve(Arc::new(ImageFs::new(reader)?), device?, slots, options)?;
+    serve(
+        Arc::new(ImageFs::new(reader)?),
+        device,
+        slots::map(slots)?,
+        options,
+    )?;
     Ok(())
 }
 

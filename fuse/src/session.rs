@@ -9,7 +9,7 @@ use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use berth_squashfs::read::ReadAt;
@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use crate::abi::{Request, op, out_header};
 use crate::fs::ImageFs;
 use crate::fuse::{Action, dispatch};
+use crate::lock;
 use crate::slots::Slot;
 
 /// How a connection is served.
@@ -257,8 +258,4 @@ impl InWork {
             .compare_exchange(unique, 0, Ordering::AcqRel, Ordering::Relaxed)
             .is_ok()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
