@@ -3,7 +3,7 @@
 #[path = "../../squashfs/tests/common/mod.rs"]
 mod common;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -21,8 +21,9 @@ struct Mount {
 }
 
 impl Mount {
-    /// Mounts an image of a tree; `None` where that is not possible, which CI does not accept.
-    fn new() -> Option<Self> {
+    /// Makes an image of a tree and mounts it with the arguments that `arguments` gives for it; `None` where that is
+    /// not possible, which CI does not accept.
+    fn new(arguments: impl FnOnce(&Path) -> Vec<OsString>) -> Option<Self> {
         let can = rustix::process::geteuid().is_root() && Path::new("/dev/fuse").exists();
         if !can {
             assert!(
@@ -46,7 +47,8 @@ impl Mount {
         std::fs::create_dir(&folder).unwrap();
         let mut holder = Command::new(env!("CARGO_BIN_EXE_berth-fuse"))
             .arg("mount")
-            .args([&image, &folder])
+            .args(arguments(&image))
+            .arg(&folder)
             .env("BERTH_LOG", "info")
             .stdout(Stdio::piped())
             .stderr(File::create(dir.path().join("log")).unwrap())
@@ -56,13 +58,18 @@ impl Mount {
         BufReader::new(holder.stdout.take().unwrap())
             .read_line(&mut line)
             .unwrap();
-        assert_eq!(line, "mounted\n");
-        Some(Self {
+        let mount = Self {
             folder,
             holder,
             image,
             dir,
-        })
+        };
+        assert_eq!(line, "mounted\n", "{}", mount.log());
+        Some(mount)
+    }
+
+    fn of_file() -> Option<Self> {
+        Self::new(|image| vec![image.into()])
     }
 
     fn expected(&self) -> common::Tree {
@@ -91,9 +98,18 @@ impl Mount {
     }
 }
 
+/// Read calls that a process made so far.
+fn reads_of(pid: rustix::process::Pid) -> u64 {
+    let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
+    let reads = io.lines().find_map(|line| line.strip_prefix("syscr: "));
+    reads.and_then(|reads| reads.parse().ok()).unwrap_or(0)
+}
+
 #[test]
 fn the_mount_shows_what_the_image_holds() {
-    let Some(mount) = Mount::new() else { return };
+    let Some(mount) = Mount::of_file() else {
+        return;
+    };
     let shown = common::of_folder(&mount.folder);
     let expected = mount.expected();
     assert_eq!(shown.len(), expected.len());
@@ -108,7 +124,9 @@ fn the_mount_shows_what_the_image_holds() {
 
 #[test]
 fn readers_outlive_fifty_servers() {
-    let Some(mount) = Mount::new() else { return };
+    let Some(mount) = Mount::of_file() else {
+        return;
+    };
     let expected = mount.expected();
     let (done, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
@@ -128,10 +146,9 @@ fn readers_outlive_fifty_servers() {
         while killed < 50 && Instant::now() < bound {
             let server = mount.server();
             if let Some(pid) = server.filter(|_| server != last) {
-                // Let it take some requests first.
-                let taken = rounds.load(Ordering::SeqCst);
-                let pause = Instant::now() + Duration::from_millis(20);
-                while Instant::now() < pause && rounds.load(Ordering::SeqCst) == taken {
+                // Let it take some requests first: its start makes fewer reads.
+                let pause = Instant::now() + Duration::from_secs(2);
+                while reads_of(pid) < 300 && Instant::now() < pause {
                     std::thread::yield_now();
                 }
                 rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
@@ -148,5 +165,51 @@ fn readers_outlive_fifty_servers() {
         log.contains("took over"),
         "no server died over a request: {log}"
     );
+    mount.unmount();
+}
+
+/// The image is only behind a source that goes away; its tree is made by veritysetup.
+#[test]
+fn a_lazy_mount_lives_on_its_cache_when_source_and_server_are_gone() {
+    if !common::have("veritysetup") {
+        return;
+    }
+    let lazy = |image: &Path| {
+        let size = std::fs::metadata(image).unwrap().len();
+        let output = Command::new("veritysetup")
+            .args(["format", &format!("--hash-offset={size}")])
+            .args([image, image])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let said = String::from_utf8(output.stdout).unwrap();
+        let root = said
+            .lines()
+            .find_map(|line| line.strip_prefix("Root hash:"))
+            .unwrap()
+            .trim();
+        let cache = image.with_extension("cache");
+        std::fs::create_dir(&cache).unwrap();
+        [
+            format!("--verity-root={root}"),
+            format!("--hash-offset={size}"),
+            format!("--from={}", image.display()),
+            format!("--cache={}", cache.display()),
+            "-".to_owned(),
+        ]
+        .map(OsString::from)
+        .to_vec()
+    };
+    let Some(mount) = Mount::new(lazy) else {
+        return;
+    };
+    let expected = mount.expected();
+    assert!(common::of_folder(&mount.folder) == expected);
+    std::fs::rename(&mount.image, mount.dir.path().join("away")).unwrap();
+    let first = mount.server().unwrap();
+    rustix::process::kill_process(first, rustix::process::Signal::KILL).unwrap();
+    std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    assert!(common::of_folder(&mount.folder) == expected);
+    assert_ne!(mount.server(), Some(first));
     mount.unmount();
 }
