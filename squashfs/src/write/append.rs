@@ -4,7 +4,7 @@
 //! the workers, and into the image when the [`FRAGMENT_LAG`]th fragment after it is full: a rule that
 //! looks at contents only, and leaves that many fragments to be compressed at once.
 //!
-//! What belongs to a later lane is kept aside in as little memory as it needs ([`Kept`]), so that its
+//! What belongs to a later lane is kept aside in as little memory as it needs ([`Ahead`]), so that its
 //! buffers go on circulating.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -12,12 +12,13 @@ use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
 
+use super::ahead::{Ahead, Kept};
+use super::contents::{Appended, FileRecord};
 use super::output::Output;
 use super::share::{Beginnings, Hash, KnownBlocks, Run, SmallFiles, Stored};
 use super::worker::{Form, Job, Pool, Slot};
-use super::{FileHandle, Settings, Shared, WriteError};
-use crate::format::{BlockSize, FragmentEntry, NO_FRAGMENT};
-use crate::spill::Spill;
+use super::{Settings, Shared, WriteError};
+use crate::format::{BlockSize, FragmentEntry};
 
 /// Full fragments that may be on their way. Changing it changes the bytes of images.
 const FRAGMENT_LAG: usize = 32;
@@ -56,101 +57,6 @@ pub(super) enum Step {
     Close,
 }
 
-/// Where a file's contents are.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct FileRecord {
-    pub(super) size: u64,
-    start: u64,
-    /// Index into the list of block sizes; or fragment and offset in it, for a file smaller than a block.
-    place: u64,
-}
-
-/// All that the tables need to know about contents.
-#[derive(Debug)]
-pub(super) struct Appended {
-    pub(super) output: Output,
-    pub(super) fragments: Vec<FragmentEntry>,
-    files: Vec<Vec<FileRecord>>,
-    sizes: Vec<u32>,
-}
-
-/// A file's place, as its inode wants it.
-pub(super) struct Contents<'a> {
-    pub(super) size: u64,
-    pub(super) start: u64,
-    pub(super) fragment: u32,
-    pub(super) fragment_offset: u32,
-    pub(super) blocks: &'a [u32],
-}
-
-impl Appended {
-    pub(super) fn contents(
-        &self,
-        handle: FileHandle,
-        block_size: u32,
-    ) -> Result<Contents<'_>, WriteError> {
-        if handle == FileHandle::EMPTY {
-            return Ok(Contents {
-                size: 0,
-                start: 0,
-                fragment: NO_FRAGMENT,
-                fragment_offset: 0,
-                blocks: &[],
-            });
-        }
-        let lane = self.files.get(handle.lane as usize);
-        let record = lane
-            .and_then(|files| files.get(handle.index as usize))
-            .ok_or(WriteError::UnknownHandle)?;
-        let FileRecord { size, start, place } = *record;
-        if size == 0 {
-            return Ok(Contents {
-                size,
-                start: 0,
-                fragment: NO_FRAGMENT,
-                fragment_offset: 0,
-                blocks: &[],
-            });
-        }
-        if size < u64::from(block_size) {
-            let (fragment, fragment_offset) = ((place >> 32) as u32, place as u32);
-            return Ok(Contents {
-                size,
-                start: 0,
-                fragment,
-                fragment_offset,
-                blocks: &[],
-            });
-        }
-        let (first, count) = (
-            place as usize,
-            size.div_ceil(u64::from(block_size)) as usize,
-        );
-        let blocks = &self.sizes[first..first + count];
-        Ok(Contents {
-            size,
-            start,
-            fragment: NO_FRAGMENT,
-            fragment_offset: 0,
-            blocks,
-        })
-    }
-}
-
-/// A step of a lane whose turn has not come: contents without their buffers.
-#[derive(Debug)]
-struct Kept {
-    step: Step,
-    bytes: KeptBytes,
-}
-
-#[derive(Debug)]
-enum KeptBytes {
-    None,
-    Memory(Box<[u8]>),
-    Spilled { at: u64, len: usize },
-}
-
 #[derive(Debug, Default)]
 struct LaneState {
     next: u64,
@@ -175,8 +81,7 @@ pub(super) struct Appender {
     pool: Pool,
     arrived: Receiver<Arrival>,
     shared: Arc<Shared>,
-    ahead: u64,
-    spill: Option<Arc<Spill>>,
+    ahead: Ahead,
 
     lanes: HashMap<u32, LaneState>,
     turn: u32,
@@ -197,10 +102,6 @@ pub(super) struct Appender {
 }
 
 impl Appender {
-    #[allow(
-        clippy::too_many_arguments,
-        reason = "called once, by the writer's constructor"
-    )]
     pub(super) fn new(
         out: Output,
         settings: Settings,
@@ -208,13 +109,8 @@ impl Appender {
         pool: Pool,
         arrived: Receiver<Arrival>,
         shared: Arc<Shared>,
-        ahead: u64,
-        spill: Option<Arc<Spill>>,
+        ahead: Ahead,
     ) -> Self {
-        // With a spill file nobody has to wait.
-        shared
-            .gate
-            .set_limit(if spill.is_some() { u64::MAX } else { ahead });
         Self {
             out,
             settings,
@@ -223,7 +119,6 @@ impl Appender {
             arrived,
             shared,
             ahead,
-            spill,
             lanes: HashMap::new(),
             turn: 0,
             closed: 0,
@@ -285,12 +180,9 @@ impl Appender {
                     return Ok(Some(step));
                 }
                 let kept = if lane == self.turn {
-                    Kept {
-                        step,
-                        bytes: KeptBytes::None,
-                    }
+                    Kept::whole(step)
                 } else {
-                    self.keep(step)?
+                    self.ahead.keep(step, &self.pool)?
                 };
                 self.lanes
                     .entry(lane)
@@ -319,7 +211,7 @@ impl Appender {
             return Ok(None);
         };
         state.next += 1;
-        self.restore(kept).map(Some)
+        self.ahead.restore(kept).map(Some)
     }
 
     fn carry_out(&mut self, step: Step) -> Result<(), WriteError> {
@@ -531,13 +423,7 @@ impl Appender {
             // It would be next, but not yet.
             let state = self.lanes.entry(turn).or_default();
             state.next = before;
-            state.waiting.insert(
-                before,
-                Kept {
-                    step,
-                    bytes: KeptBytes::None,
-                },
-            );
+            state.waiting.insert(before, Kept::whole(step));
         }
         Ok(())
     }
@@ -547,90 +433,5 @@ impl Appender {
             what: "data blocks",
             limit: u64::from(u32::MAX),
         })
-    }
-
-    /// Puts a step of a later lane aside and frees its buffers.
-    fn keep(&mut self, step: Step) -> Result<Kept, WriteError> {
-        let (slot, step) = match step {
-            Step::Block { slot, hash, form } => (
-                slot,
-                Step::Block {
-                    slot: Slot::default(),
-                    hash,
-                    form,
-                },
-            ),
-            Step::Small { slot, files } => (
-                slot,
-                Step::Small {
-                    slot: Slot::default(),
-                    files,
-                },
-            ),
-            other => {
-                return Ok(Kept {
-                    step: other,
-                    bytes: KeptBytes::None,
-                });
-            }
-        };
-        let bytes = match &step {
-            Step::Block {
-                form: Form::Hole | Form::Known,
-                ..
-            } => &[][..],
-            Step::Block {
-                form: Form::Packed, ..
-            } => &slot.packed[..],
-            _ => &slot.raw[..slot.used],
-        };
-        let kept = match &self.spill {
-            Some(spill) if self.shared.gate.kept() + bytes.len() as u64 > self.ahead => {
-                let put = spill.put(bytes);
-                KeptBytes::Spilled {
-                    at: put.map_err(WriteError::io("write the spill file"))?,
-                    len: bytes.len(),
-                }
-            }
-            _ => {
-                self.shared.gate.keep(bytes.len() as u64);
-                KeptBytes::Memory(bytes.into())
-            }
-        };
-        self.pool.give_back(slot);
-        Ok(Kept { step, bytes: kept })
-    }
-
-    /// Makes a kept step what it was.
-    fn restore(&mut self, kept: Kept) -> Result<Step, WriteError> {
-        let Kept { mut step, bytes } = kept;
-        let bytes = match bytes {
-            KeptBytes::None => return Ok(step),
-            KeptBytes::Memory(bytes) => {
-                self.shared.gate.release(bytes.len() as u64);
-                bytes.into_vec()
-            }
-            KeptBytes::Spilled { at, len } => {
-                let mut bytes = vec![0; len];
-                let spill = self.spill.as_ref().ok_or(WriteError::Aborted)?;
-                spill
-                    .get(at, &mut bytes)
-                    .map_err(WriteError::io("read the spill file"))?;
-                bytes
-            }
-        };
-        match &mut step {
-            Step::Block {
-                slot,
-                form: Form::Packed,
-                ..
-            } => slot.packed = bytes,
-            Step::Block { slot, .. } | Step::Small { slot, .. } => {
-                slot.used = bytes.len();
-                slot.raw = bytes;
-            }
-            _ => {}
-        }
-        Ok(step)
     }
 }

@@ -1,6 +1,6 @@
 //! The end of an image: inodes and listings folder by folder, then every table, then the superblock.
 
-use super::append::Appended;
+use super::contents::Appended;
 use super::inodes::InodeTables;
 use super::metadata::table;
 use super::plan::Plan;

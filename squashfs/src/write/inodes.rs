@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use super::append::Appended;
+use super::contents::Appended;
 use super::metadata::MetadataBlocks;
 use super::plan::Plan;
 use super::tree::{Entry, Node, Tree};

@@ -44,7 +44,9 @@
 //! # }
 //! ```
 
+mod ahead;
 mod append;
+mod contents;
 mod error;
 mod finish;
 mod inodes;
@@ -73,7 +75,9 @@ use crate::compress::{Compression, Compressor};
 use crate::format::{MAX_BLOCK_SIZE, MIN_BLOCK_SIZE};
 use crate::spill::Spill;
 use crate::verity::{DIGEST, Leaves, VerityOptions};
-use append::{Appended, Appender, Arrival};
+use ahead::Ahead;
+use append::{Appender, Arrival};
+use contents::Appended;
 use lane::Gate;
 use output::Output;
 use worker::Pool;
@@ -285,8 +289,7 @@ impl ImageWriter {
             pool.clone(),
             arrived,
             Arc::clone(&shared),
-            ahead,
-            spill,
+            Ahead::new(Arc::clone(&shared), ahead, spill),
         );
         let on_end = OnEnd {
             shared: Arc::clone(&shared),

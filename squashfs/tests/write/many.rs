@@ -53,6 +53,7 @@ fn three_hundred_thousand_files_of_one_size_keep_their_contents() {
         },
     );
     image.verity();
+    image.own_check();
     let mut seen = 0u64;
     image.tar_entries(|name, contents| {
         let number = name.rsplit(|&b| b == b'/').next().unwrap();
@@ -158,6 +159,7 @@ fn exact_multiples_of_512_xattr_sets() {
             .map(|i| (i.to_string().into_bytes(), spec(i % sets)))
             .collect();
         let image = write(&specs, options(1));
+        image.own_check();
         image.tar_entries(|_, _| ());
         let superblock = std::fs::read(&image.path).unwrap();
         let at = u64::from_le_bytes(superblock[56..64].try_into().unwrap()) as usize;

@@ -8,6 +8,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use berth_squashfs::check::{Limits, check};
 use berth_squashfs::verity::VerityOptions;
 use berth_squashfs::write::{
     FileHandle, Finished, ImageWriter, Kind, Meta, NodeId, Tree, WriteOptions,
@@ -291,6 +292,7 @@ impl Image {
     /// Everything that must hold of any image, by every program there is.
     pub fn check(&self, specs: &Specs) {
         self.verity();
+        self.own_check();
         if let Some(mounted) = Mounted::kernel(self) {
             compare(specs, &mounted.0, true);
         }
@@ -307,6 +309,21 @@ impl Image {
             fs::remove_dir_all(&at).unwrap();
         }
         self.tar_entries(|_, _| ());
+    }
+
+    /// The walk that every image must pass before it is signed.
+    pub fn own_check(&self) {
+        let limits = Limits {
+            setid: true,
+            devices: true,
+            xattrs: ["user.", "trusted.", "security."]
+                .map(str::to_owned)
+                .to_vec(),
+            contents: true,
+            ..Limits::default()
+        };
+        let summary = check(File::open(&self.path).unwrap(), &limits).unwrap();
+        assert_eq!(summary.inodes, self.done.inodes);
     }
 
     pub fn verity(&self) {

@@ -111,6 +111,7 @@ fn xattrs_of_every_kind() {
     let specs = with_xattrs();
     let image = write(&specs, options(2));
     image.verity();
+    image.own_check();
     if let Some(mounted) = Mounted::kernel(&image) {
         crate::oracle::compare(&specs, &mounted.0, true);
     }
