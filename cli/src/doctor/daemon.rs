@@ -60,7 +60,7 @@ fn daemon(config: &Config) -> Vec<Check> {
             name,
             format!("its sealer is {}: no new image can be made", status.sealer),
         )
-        .hint("systemctl status berthd-seal, or set `seal.spawn` where berthd is to start it"),
+        .hint("systemctl status berth-seal, or set `seal.spawn` where berthd is to start it"),
         Ok(status) => Check::ok(
             name,
             format!("berthd {} at {}", status.version, client.place()),
