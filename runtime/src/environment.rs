@@ -3,6 +3,8 @@
 //! The image wins for what it defines, so that its programs find their libraries; all other variables of the user's
 //! stay. Slurm's variables, and those that say who and where the user is, are never the image's to set.
 
+use std::path::Path;
+
 /// As container engines have it, for images that define none.
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Most bytes of an image's variables.
@@ -12,9 +14,10 @@ const NOT_THE_IMAGES: [&str; 8] = [
 ];
 const PREFIXES_NOT_THE_IMAGES: [&str; 3] = ["SLURM_", "SBATCH_", "SRUN_"];
 
-/// The variables to set, `NAME=VALUE`; `None` when there are more than a task should start with.
-pub(crate) fn of_image(image: &[String]) -> Option<Vec<&str>> {
-    let mut taken: Vec<&str> = Vec::with_capacity(image.len() + 1);
+/// The variables to set, `NAME=VALUE`; `None` when there are more than a task should start with. `bin_dir`, where
+/// Slurm's commands are, ends the PATH where it is not on it.
+pub(crate) fn of_image(image: &[String], bin_dir: Option<&Path>) -> Option<Vec<String>> {
+    let mut taken: Vec<String> = Vec::with_capacity(image.len() + 1);
     let mut bytes = 0;
     let mut has_path = false;
     for entry in image {
@@ -29,10 +32,18 @@ pub(crate) fn of_image(image: &[String]) -> Option<Vec<&str>> {
         }
         has_path |= name == "PATH";
         bytes += entry.len() + 1;
-        taken.push(entry);
+        taken.push(entry.clone());
     }
     if !has_path {
-        taken.push(DEFAULT_PATH);
+        taken.push(DEFAULT_PATH.to_owned());
+    }
+    for path in taken.iter_mut().filter(|entry| entry.starts_with("PATH=")) {
+        if let Some(folder) = bin_dir.and_then(Path::to_str)
+            && !path["PATH=".len()..].split(':').any(|part| part == folder)
+        {
+            path.push(':');
+            path.push_str(folder);
+        }
     }
     (bytes <= MOST).then_some(taken)
 }
@@ -53,8 +64,22 @@ mod tests {
             "E=",
         ];
         let image: Vec<String> = image.map(str::to_owned).into();
-        assert_eq!(of_image(&image).unwrap(), ["PATH=/opt/bin", "LANG=C", "E="]);
-        assert_eq!(of_image(&[]).unwrap(), [DEFAULT_PATH]);
-        assert_eq!(of_image(&[format!("A={}", "x".repeat(MOST))]), None);
+        assert_eq!(
+            of_image(&image, None).unwrap(),
+            ["PATH=/opt/bin", "LANG=C", "E="]
+        );
+        assert_eq!(of_image(&[], None).unwrap(), [DEFAULT_PATH]);
+        assert_eq!(of_image(&[format!("A={}", "x".repeat(MOST))], None), None);
+    }
+
+    #[test]
+    fn slurms_commands_are_on_the_path() {
+        let image = ["PATH=/bin".to_owned()];
+        let slurm = Path::new("/usr/bin");
+        assert_eq!(
+            of_image(&image, Some(slurm)).unwrap(),
+            ["PATH=/bin:/usr/bin"]
+        );
+        assert_eq!(of_image(&[], Some(slurm)).unwrap(), [DEFAULT_PATH]);
     }
 }

@@ -77,12 +77,13 @@ impl Prepared {
             .map_err(|e| Refusal::new(code::INTERNAL, format!("what was found: {e}")))?;
         let bytes = found.get("record").unwrap_or_default();
         let (wanted, user) = (&self.wanted, &self.job.user);
+        let slurm = &self.config.node.slurm;
         let record = sealed::verify(wanted, &digest, bytes, &self.keys, data.as_fd(), user)?;
-        let environment = environment::of_image(&record.run.env).ok_or_else(|| {
+        let bin_dir = slurm.client.then_some(slurm.bin_dir.as_path());
+        let environment = environment::of_image(&record.run.env, bin_dir).ok_or_else(|| {
             let line = format!("the environment of `{}` is too large", wanted.name());
             Refusal::new(code::OTHER, line)
         })?;
-        let environment = environment.into_iter().map(str::to_owned).collect();
         let root = hex(&record.file.verity_root);
         let file = ImageFile {
             file: data.as_fd(),

@@ -33,6 +33,9 @@ const PLUGINS: [&str; 8] = [
     "tls_",
     "topology_",
 ];
+const OUR_PLUGIN: &str = "spank_berth.so";
+/// Most files that `plugstack.conf` and its includes may be.
+const MOST_FILES: usize = 32;
 const LDD: &str = "/usr/bin/ldd";
 const CACHE: &str = "slurm-libraries";
 
@@ -95,6 +98,9 @@ impl<'a> Client<'a> {
         }
         add("Slurm's configuration", &self.conf_dir, Kind::Ordinary);
         add("munge's socket", &munge_dir, Kind::Ordinary);
+        for path in self.plugstack() {
+            add("what plugstack.conf names", &path, Kind::Ordinary);
+        }
         if let Some(lib_dir) = &lib_dir {
             add("Slurm's libraries", lib_dir, Kind::Ordinary);
             for library in libraries(run_dir, &srun, lib_dir) {
@@ -102,6 +108,25 @@ impl<'a> Client<'a> {
             }
         }
         binds
+    }
+
+    /// SPANK plugins by absolute path: a client does not start without one that is `required`. Of ours its helper and
+    /// configuration too, so that a step of another image is asked for from inside as from outside.
+    fn plugstack(&self) -> Vec<PathBuf> {
+        let usual = self.conf_dir.join("plugstack.conf");
+        let file = self.setting("PlugStackConfig").map_or(usual, PathBuf::from);
+        let mut named = Vec::new();
+        let mut files = vec![file];
+        // Files that include each other in a circle end here.
+        for _ in 0..MOST_FILES {
+            let Some(file) = files.pop() else { break };
+            let text = fs::read_to_string(&file).unwrap_or_default();
+            let (paths, includes) = plugins(&text);
+            named.extend(paths);
+            let folder = file.parent().unwrap_or(Path::new("/"));
+            files.extend(includes.iter().flat_map(|i| included(&folder.join(i))));
+        }
+        named
     }
 
     fn lib_dir(&self) -> Option<PathBuf> {
@@ -132,6 +157,45 @@ impl<'a> Client<'a> {
             (key.trim().eq_ignore_ascii_case(name) && !value.is_empty()).then_some(value)
         })
     }
+}
+
+/// What a `plugstack.conf` names by absolute path, and what it includes.
+fn plugins(text: &str) -> (Vec<PathBuf>, Vec<&str>) {
+    let (mut paths, mut includes) = (Vec::new(), Vec::new());
+    for line in text.lines() {
+        let line = line.split('#').next().unwrap_or_default();
+        let mut words = line.split_whitespace();
+        match (words.next(), words.next()) {
+            (Some("include"), Some(pattern)) => includes.push(pattern),
+            (Some("required" | "optional"), Some(plugin)) => {
+                let ours = plugin.ends_with(OUR_PLUGIN);
+                let values = words.filter_map(|word| word.split_once('='));
+                let helpers =
+                    values.filter(|(key, _)| ours && matches!(*key, "runtime" | "config"));
+                let all = std::iter::once(plugin).chain(helpers.map(|(_, value)| value));
+                paths.extend(all.map(PathBuf::from).filter(|path| path.is_absolute()));
+            }
+            _ => {}
+        }
+    }
+    (paths, includes)
+}
+
+/// The files of an `include` line, whose last part may have one `*`.
+fn included(pattern: &Path) -> Vec<PathBuf> {
+    let name = pattern.file_name().and_then(|name| name.to_str());
+    let Some((start, end)) = name.and_then(|name| name.split_once('*')) else {
+        return vec![pattern.to_owned()];
+    };
+    let entries = fs::read_dir(pattern.parent().unwrap_or(Path::new("/")));
+    let paths = entries.into_iter().flatten().flatten().map(|e| e.path());
+    let fits = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|n| {
+            n.len() >= start.len() + end.len() && n.starts_with(start) && n.ends_with(end)
+        })
+    };
+    paths.filter(fits).collect()
 }
 
 /// Shared libraries of the commands and plugins, other than Slurm's own.
@@ -206,6 +270,16 @@ mod tests {
             paths,
             [Path::new("/lib/libc.so.6"), Path::new("/lib64/ld.so")]
         );
+    }
+
+    #[test]
+    fn plugstack_names_plugins_and_includes() {
+        let text = "# required /no.so\nrequired /p/spank_berth.so runtime=/r config=/c log=/l wait=5\n\
+            optional other.so\noptional /q/x.so runtime=/no\ninclude /etc/slurm/plugstack.conf.d/*\n";
+        let (paths, includes) = plugins(text);
+        let expected = ["/p/spank_berth.so", "/r", "/c", "/q/x.so"];
+        assert_eq!(paths, expected.map(PathBuf::from));
+        assert_eq!(includes, ["/etc/slurm/plugstack.conf.d/*"]);
     }
 
     #[test]
