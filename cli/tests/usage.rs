@@ -210,3 +210,20 @@ fn a_reader_that_goes_away_ends_it_silently() {
         .unwrap();
     assert_eq!((child.wait().unwrap().code(), err.as_str()), (Some(0), ""));
 }
+
+#[test]
+fn the_configuration_in_the_admins_guide_is_good() {
+    let guide = include_str!("../../docs/ADMIN.md");
+    let (_, rest) = guide
+        .split_once("reach the daemon over the network:\n")
+        .unwrap();
+    let example: Vec<&str> = (rest.lines())
+        .take_while(|l| l.is_empty() || l.starts_with("    "))
+        .map(str::trim_start)
+        .collect();
+    assert!(example.contains(&"[store]"), "{example:?}");
+    let site = Site::new();
+    std::fs::write(site.path("example.toml"), example.join("\n")).unwrap();
+    let said = site.berth(&["config", "check", "example.toml"]);
+    assert_eq!(said.code, Some(0), "{said:?}");
+}
