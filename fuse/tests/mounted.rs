@@ -94,7 +94,16 @@ impl Mount {
             self.holder.wait().unwrap().success(),
             "the holder ends with the mount"
         );
-        drop(self.dir);
+    }
+}
+
+impl Drop for Mount {
+    /// A failed test leaves no mount and no process either.
+    fn drop(&mut self) {
+        if let Ok(None) = self.holder.try_wait() {
+            let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
+            let _ = self.holder.wait();
+        }
     }
 }
 
