@@ -1,9 +1,9 @@
 //! SquashFS 4.0 images with a dm-verity tree: written from a stream, read from anything.
 //!
-//! - [`format`]: the bytes on disk, and nothing else;
+//! - [`mod@format`]: the bytes on disk, and nothing else;
 //! - [`compress`]: the compressors an image may use;
 //! - [`mod@check`]: whether a finished image is fit to be signed;
-//! - [`write`]: writing an image, in the same bytes on any number of threads;
+//! - [`mod@write`]: writing an image, in the same bytes on any number of threads;
 //! - [`verity`]: the dm-verity tree behind it;
 //! - [`read`]: reading an image from any source.
 
