@@ -15,7 +15,8 @@ SlurmctldPort={slurmctld_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={munge_socket}
+# How long credentials live is also how long a requeued job must wait: two minutes by default.
+AuthInfo=socket={munge_socket},cred_expire=20
 CredType=cred/munge
 StateSaveLocation={folder}/slurmctld
 SlurmdSpoolDir={folder}/slurmd/%n

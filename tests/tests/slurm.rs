@@ -4,6 +4,16 @@ use berth_tests::cluster::unique;
 use berth_tests::suite::{WHERE, container, suite};
 use berth_tests::wait_until;
 
+/// The lines that tell where a command ran and how it was; what Slurm and Berth say on standard error is left out.
+fn told(text: &str) -> Vec<&str> {
+    let tells = |line: &&str| {
+        ["VARIANT_ID=", "restart=", "leaked=", "task="]
+            .iter()
+            .any(|t| line.starts_with(t))
+    };
+    text.lines().filter(tells).collect()
+}
+
 /// How often each line occurs.
 fn count(text: &str, line: &str) -> usize {
     text.lines().filter(|l| l.trim() == line).count()
@@ -33,7 +43,7 @@ fn a_directive_in_the_script_names_the_image() {
     let suite = suite();
     let script = format!("#!/bin/sh\n#SBATCH {}\n{WHERE}\n", suite.shell_option());
     let end = suite.cluster.sbatch("directive", &[], &script).end();
-    assert_eq!(end.ok().trim(), "VARIANT_ID=shell");
+    assert_eq!(told(end.ok()), ["VARIANT_ID=shell"]);
 }
 
 #[test]
@@ -53,7 +63,10 @@ fn sbatch_with_export_none_runs_in_the_image() {
         .end();
     let output = std::fs::read_to_string(folder.join("out")).unwrap_or_default();
     assert!(ended.code == 0, "{ended}{output}");
-    assert_eq!(output, "VARIANT_ID=shell\nVARIANT_ID=shell\nleaked=\n");
+    assert_eq!(
+        told(&output),
+        ["VARIANT_ID=shell", "VARIANT_ID=shell", "leaked="]
+    );
 }
 
 #[test]
@@ -103,7 +116,7 @@ fn every_task_of_an_array_runs_in_the_image() {
     ended.ok();
     for task in 1..=4 {
         let output = std::fs::read_to_string(folder.join(format!("out-{task}"))).unwrap();
-        assert_eq!(output, format!("VARIANT_ID=shell\ntask={task}\n"));
+        assert_eq!(told(&output), ["VARIANT_ID=shell", &format!("task={task}")]);
     }
 }
 
@@ -117,8 +130,11 @@ fn a_step_inherits_the_jobs_image_unless_it_says_otherwise() {
     );
     let image = suite.shell_option();
     let end = suite.cluster.sbatch("nested", &[&image], &script).end();
-    let expected = "VARIANT_ID=shell\nVARIANT_ID=shell\nVARIANT_ID=other\nVARIANT_ID=\n";
-    assert_eq!(end.ok(), expected);
+    let images = ["shell", "shell", "other", ""];
+    assert_eq!(
+        told(end.ok()),
+        images.map(|image| format!("VARIANT_ID={image}"))
+    );
 }
 
 #[test]
@@ -196,17 +212,14 @@ fn a_requeued_job_gets_the_same_bits_though_the_tag_moved() {
         .root("scontrol", &["requeue", &job.id])
         .end()
         .ok();
-    // Slurm holds a requeued job back for two minutes; there is no need to wait for that.
-    wait_until("the job is queued again", 60, || {
-        (job.state() == "PENDING").then_some(())
-    });
-    let now = ["update", &format!("JobId={}", job.id), "StartTime=now"];
-    suite.cluster.root("scontrol", &now).end().ok();
     let end = job.end();
-    assert_eq!(
-        end.ok(),
-        "VARIANT_ID=first\nrestart=0\nVARIANT_ID=first\nrestart=1\n"
-    );
+    let expected = [
+        "VARIANT_ID=first",
+        "restart=0",
+        "VARIANT_ID=first",
+        "restart=1",
+    ];
+    assert_eq!(told(end.ok()), expected);
 }
 
 #[test]
@@ -230,7 +243,13 @@ fn killing_every_process_of_a_task_leaves_nothing() {
     let suite = suite();
     let image = suite.push_shell(&format!("killed-{}", unique()));
     let option = container(&image.name);
-    let words = ["--quiet", &option, "sh", "-c", "sleep 1000 & kill -9 $$"];
+    let words = [
+        "--quiet",
+        &option,
+        "sh",
+        "-c",
+        "sleep 1000 </dev/null >/dev/null 2>&1 & kill -9 $$",
+    ];
     let ended = suite.cluster.user("srun", &words).end();
     assert_eq!(ended.code, 137, "{ended}");
     nothing_left_of(&image.digest);
