@@ -98,12 +98,13 @@ impl<'a> Client<'a> {
         }
         add("Slurm's configuration", &self.conf_dir, Kind::Ordinary);
         add("munge's socket", &munge_dir, Kind::Ordinary);
-        for path in self.plugstack() {
-            add("what plugstack.conf names", &path, Kind::Ordinary);
+        let plugins = self.plugstack();
+        for path in &plugins {
+            add("what plugstack.conf names", path, Kind::Ordinary);
         }
         if let Some(lib_dir) = &lib_dir {
             add("Slurm's libraries", lib_dir, Kind::Ordinary);
-            for library in libraries(run_dir, &srun, lib_dir) {
+            for library in libraries(run_dir, &srun, lib_dir, &plugins) {
                 add("Slurm's library", &library, Kind::Fallback);
             }
         }
@@ -199,8 +200,8 @@ fn included(pattern: &Path) -> Vec<PathBuf> {
 }
 
 /// Shared libraries of the commands and plugins, other than Slurm's own.
-fn libraries(run_dir: &Path, srun: &Path, lib_dir: &Path) -> Vec<PathBuf> {
-    let Ok(stamp) = stamp(srun, lib_dir) else {
+fn libraries(run_dir: &Path, srun: &Path, lib_dir: &Path, plugins: &[PathBuf]) -> Vec<PathBuf> {
+    let Ok(stamp) = stamp(srun, lib_dir, plugins) else {
         return Vec::new();
     };
     let cache = run_dir.join(CACHE);
@@ -209,7 +210,7 @@ fn libraries(run_dir: &Path, srun: &Path, lib_dir: &Path) -> Vec<PathBuf> {
     {
         return rest.lines().map(PathBuf::from).collect();
     }
-    let found = ask_the_linker(srun, lib_dir).unwrap_or_default();
+    let found = ask_the_linker(srun, lib_dir, plugins).unwrap_or_default();
     let lines: Vec<&str> = found.iter().filter_map(|p| p.to_str()).collect();
     // Two steps of one boot may both write: each writes the same, and a rename is whole.
     let temporary = run_dir.join(format!("{CACHE}.{}", std::process::id()));
@@ -219,16 +220,26 @@ fn libraries(run_dir: &Path, srun: &Path, lib_dir: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Changes whenever Slurm is installed anew.
-fn stamp(srun: &Path, lib_dir: &Path) -> io::Result<String> {
-    let (srun, libs) = (fs::metadata(srun)?, fs::metadata(lib_dir)?);
-    let srun = (srun.ino(), srun.size(), srun.mtime(), srun.mtime_nsec());
-    Ok(format!("{srun:?} {} {}\n", libs.mtime(), libs.mtime_nsec()))
+/// One line that changes whenever Slurm or a plugin is installed anew.
+fn stamp(srun: &Path, lib_dir: &Path, plugins: &[PathBuf]) -> io::Result<String> {
+    let version = |path: &Path| {
+        let facts = fs::metadata(path)?;
+        let (size, time) = (facts.size(), (facts.mtime(), facts.mtime_nsec()));
+        Ok::<_, io::Error>((facts.ino(), size, time))
+    };
+    let plugins: Vec<_> = plugins.iter().map(|path| version(path).ok()).collect();
+    Ok(format!(
+        "{:?} {:?} {plugins:?}\n",
+        version(srun)?,
+        version(lib_dir)?
+    ))
 }
 
-fn ask_the_linker(srun: &Path, lib_dir: &Path) -> io::Result<Vec<PathBuf>> {
+fn ask_the_linker(srun: &Path, lib_dir: &Path, plugins: &[PathBuf]) -> io::Result<Vec<PathBuf>> {
     let mut command = Command::new(LDD);
     command.arg(srun).env_clear().stdin(Stdio::null());
+    // ldd prints errors for what is neither program nor library, and goes on.
+    command.args(plugins).stderr(Stdio::null());
     for entry in fs::read_dir(lib_dir)?.flatten() {
         let name = entry.file_name();
         let wanted = |n: &str| n.ends_with(".so") && PLUGINS.iter().any(|p| n.starts_with(p));
