@@ -1,5 +1,6 @@
 //! Packets with descriptors between two processes (`SOCK_SEQPACKET`).
 
+use std::cell::RefCell;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,7 +20,11 @@ const DESCRIPTORS: usize = 4;
 
 /// One end of a packet socket.
 #[derive(Debug)]
-pub(crate) struct Channel(OwnedFd);
+pub(crate) struct Channel {
+    socket: OwnedFd,
+    /// Where packets arrive: made at the first, kept for the next.
+    buffer: RefCell<Vec<u8>>,
+}
 
 /// What one packet brought.
 #[derive(Debug)]
@@ -37,11 +42,14 @@ impl Channel {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        Ok((Channel(one), Channel(two)))
+        Ok((Channel::from_fd(one), Channel::from_fd(two)))
     }
 
-    pub(crate) fn from_fd(fd: OwnedFd) -> Channel {
-        Channel(fd)
+    pub(crate) fn from_fd(socket: OwnedFd) -> Channel {
+        Channel {
+            socket,
+            buffer: RefCell::default(),
+        }
     }
 
     /// Sends one packet, whole, without waiting for room.
@@ -62,7 +70,7 @@ impl Channel {
         }
         let flags = flags | SendFlags::NOSIGNAL;
         loop {
-            match sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, flags) {
+            match sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, flags) {
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno.into()),
@@ -72,12 +80,13 @@ impl Channel {
 
     /// The next packet; `None` when the other end is closed. A packet that was cut is an error.
     pub(crate) fn receive(&self) -> io::Result<Option<Packet>> {
-        let mut bytes = vec![0; PACKET];
+        let mut buffer = self.buffer.borrow_mut();
+        buffer.resize(PACKET, 0);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let got = loop {
-            let parts = &mut [IoSliceMut::new(&mut bytes)];
-            match recvmsg(&self.0, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            let parts = &mut [IoSliceMut::new(&mut buffer)];
+            match recvmsg(&self.socket, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
                 Err(Errno::INTR) => {}
                 Err(Errno::CONNRESET) => return Ok(None),
                 other => break other?,
@@ -96,7 +105,7 @@ impl Channel {
         if got.flags.intersects(rustix::net::ReturnFlags::TRUNC) {
             return Err(io::Error::other("a packet longer than agreed"));
         }
-        bytes.truncate(got.bytes);
+        let bytes = buffer[..got.bytes].to_vec();
         Ok(Some(Packet { bytes, descriptors }))
     }
 
@@ -105,7 +114,10 @@ impl Channel {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
-            match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&timeout)) {
+            match poll(
+                &mut [PollFd::new(&self.socket, PollFlags::IN)],
+                Some(&timeout),
+            ) {
                 Ok(0) if left.is_zero() => return Err(io::ErrorKind::TimedOut.into()),
                 Ok(0) | Err(Errno::INTR) => {}
                 Ok(_) => return self.receive(),
@@ -117,6 +129,6 @@ impl Channel {
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }

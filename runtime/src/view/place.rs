@@ -4,6 +4,7 @@
 //! the image's root, and `..` stops there. The outcome is a path without links, so that a mount point which the image
 //! lacks can be made in the container's own layer at the right place.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::mem::MaybeUninit;
@@ -45,6 +46,16 @@ pub(super) struct Atlas<'a> {
     /// Paths without links, relative to the root, that are mount points of binds.
     planned: Vec<PathBuf>,
     missing: BTreeMap<PathBuf, Missing>,
+    /// What lies at paths that were looked at: many binds share their first names.
+    seen: RefCell<BTreeMap<PathBuf, Thing>>,
+}
+
+/// What lies at a path of the image's.
+#[derive(Debug, Clone)]
+enum Thing {
+    Nothing,
+    Link(PathBuf),
+    Other(FileType),
 }
 
 /// The end of a walk. Paths are without links, relative to the root.
@@ -61,6 +72,7 @@ impl<'a> Atlas<'a> {
             image,
             planned: Vec::new(),
             missing: BTreeMap::new(),
+            seen: RefCell::default(),
         }
     }
 
@@ -146,25 +158,14 @@ impl<'a> Atlas<'a> {
             if found.is_none() {
                 continue;
             }
-            let here = match inside(self.image, &path, OFlags::PATH | OFlags::NOFOLLOW) {
-                Ok(here) => here,
-                Err(Errno::NOENT) => {
-                    found = None;
-                    continue;
-                }
-                Err(errno) => return Err(look(errno)),
-            };
-            let kind = FileType::from_raw_mode(fstat(&here).map_err(look)?.st_mode);
-            found = Some(kind);
-            match kind {
-                FileType::Directory => {}
-                FileType::Symlink if follow => {
+            match self.look(&path).map_err(look)? {
+                Thing::Nothing => found = None,
+                Thing::Link(_) if !follow => return Ok(Walk::Found(path, FileType::Symlink)),
+                Thing::Link(link) => {
                     links += 1;
                     if links > MOST_LINKS {
                         return Err(look(Errno::LOOP));
                     }
-                    let link = readlinkat(&here, c"", Vec::new()).map_err(look)?;
-                    let link = PathBuf::from(OsString::from_vec(link.into_bytes()));
                     match link.is_absolute() {
                         true => path = PathBuf::new(),
                         false => drop(path.pop()),
@@ -174,15 +175,37 @@ impl<'a> Atlas<'a> {
                         todo.push_front(name);
                     }
                 }
-                FileType::Symlink => return Ok(Walk::Found(path, kind)),
-                _ if todo.is_empty() => {}
-                _ => return Err(look(Errno::NOTDIR)),
+                Thing::Other(kind) if kind == FileType::Directory || todo.is_empty() => {
+                    found = Some(kind);
+                }
+                Thing::Other(_) => return Err(look(Errno::NOTDIR)),
             }
         }
         Ok(match found {
             Some(kind) => Walk::Found(path, kind),
             None => Walk::Absent(path),
         })
+    }
+
+    /// What lies at `path`, of which every name but the last is known to be a folder.
+    fn look(&self, path: &Path) -> Result<Thing, Errno> {
+        if let Some(thing) = self.seen.borrow().get(path) {
+            return Ok(thing.clone());
+        }
+        let thing = match inside(self.image, path, OFlags::PATH | OFlags::NOFOLLOW) {
+            Err(Errno::NOENT) => Thing::Nothing,
+            Err(errno) => return Err(errno),
+            Ok(here) => match FileType::from_raw_mode(fstat(&here)?.st_mode) {
+                FileType::Symlink => {
+                    let link = readlinkat(&here, c"", Vec::new())?;
+                    Thing::Link(PathBuf::from(OsString::from_vec(link.into_bytes())))
+                }
+                kind => Thing::Other(kind),
+            },
+        };
+        let mut seen = self.seen.borrow_mut();
+        seen.insert(path.to_owned(), thing.clone());
+        Ok(thing)
     }
 
     fn is_empty_folder(&self, path: &Path, kind: FileType) -> bool {
