@@ -51,11 +51,10 @@ fn path_prints_a_bare_squashfs_that_others_can_use() {
         .end();
     assert!(release.ok().contains("VARIANT_ID=path-"), "{release}");
     if machine_has("ch-run", "Charliecloud runs what berth path prints") {
-        let ended = suite
-            .cluster
-            .user("ch-run", &[path, "--", "cat", "/etc/os-release"])
-            .end();
-        assert!(ended.ok().contains("VARIANT_ID=path-"), "{ended}");
+        let python = suite.cluster.berth(&["path", &suite.python]);
+        let words = [python.ok(), "--", "python3", "/opt/demo/hello.py"];
+        let ended = suite.cluster.user("ch-run", &words).end();
+        assert!(ended.ok().contains("Berth demo image"), "{ended}");
     }
 }
 

@@ -155,8 +155,8 @@ fn killed_in_mid_conversion_it_restarts_and_makes_the_right_image() {
         for victim in victims {
             cluster.service("start", victim);
         }
+        // It may have failed, or been gone on with after the restart.
         asked.end();
-        assert!(!is_published(&cluster, &image.digest) || victims == ["sealer"]);
         pull(&cluster, &name).ok();
         let words = [&container(&name), "sh", "-c", WHERE];
         assert_eq!(cluster.user("srun", &words).end().ok(), "VARIANT_ID=noisy");
@@ -340,7 +340,12 @@ fn bad_input_gets_a_clear_error_and_changes_nothing() {
 
     let truncated = fresh();
     proxy.fault(Fault::always(&truncated.layers[2], Wrong::Truncate(5000)));
-    cases.push(("truncated layer", through(&truncated), &[69, 1], "layer"));
+    cases.push((
+        "truncated layer",
+        through(&truncated),
+        &[69, 1],
+        "broke off",
+    ));
 
     let corrupt = fresh();
     proxy.fault(Fault::always(&corrupt.layers[2], Wrong::Corrupt(5000)));
@@ -390,18 +395,21 @@ fn bad_input_gets_a_clear_error_and_changes_nothing() {
     ));
 
     let before = cluster.published().0.len();
+    let mut complaints = Vec::new();
     for (what, name, codes, word) in &cases {
         let ended = pull(cluster, name);
-        assert!(
-            codes.contains(&ended.code),
-            "{what}: {codes:?} was expected: {ended}"
-        );
-        assert!(
-            ended.stderr.to_lowercase().contains(word),
-            "{what}: '{word}' is not said: {ended}"
-        );
-        assert!(ended.stderr.starts_with("berth: "), "{what}: {ended}");
+        let lines = ended
+            .stderr
+            .lines()
+            .filter(|line| line.starts_with("berth: "));
+        let said = ended.stderr.to_lowercase().contains(word);
+        if !codes.contains(&ended.code) || !said || lines.count() != 1 {
+            complaints.push(format!(
+                "{what}: expected code {codes:?} and '{word}' in one line: {ended}"
+            ));
+        }
     }
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
     for image in [
         &unauthorized,
         &truncated,
