@@ -129,6 +129,10 @@ impl<'j> Scan<'j> {
         let Some((path, mark)) = self.place(entry)? else {
             return Ok(());
         };
+        // Folders that only names imply, and whiteouts of nothing, take memory too.
+        if self.entries.paths.len() as u64 > self.limits.max_entries.saturating_mul(2) {
+            return Err(ScanError::Entries(self.limits.max_entries));
+        }
         self.cover
             .resize(self.entries.paths.len(), Cover::default());
         let what = match mark {
@@ -258,7 +262,11 @@ impl<'j> Scan<'j> {
         self.entries.headers.push(Header {
             path,
             what,
-            mode: self.policy.mode(entry.mode, dir),
+            mode: match what {
+                // Linux knows no other mode of a symlink.
+                What::Symlink { .. } => 0o777,
+                _ => self.policy.mode(entry.mode, dir),
+            },
             uid,
             gid,
             mtime: clamp_mtime(entry.mtime),
