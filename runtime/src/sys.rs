@@ -20,6 +20,13 @@ pub(crate) struct Child {
     pid: Pid,
 }
 
+impl Child {
+    /// The process id.
+    pub(crate) fn number(&self) -> u32 {
+        self.pid.as_raw_pid().unsigned_abs()
+    }
+}
+
 impl Drop for Child {
     fn drop(&mut self) {
         let _ = kill_process(self.pid, Signal::KILL);
@@ -109,15 +116,29 @@ pub(crate) fn mount_set_attributes(tree: BorrowedFd<'_>, set: u64) -> Result<(),
         propagation: 0,
         userns_fd: 0,
     };
-    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    mount_setattr(tree, libc::AT_RECURSIVE, &attr)
+}
+
+/// Shows the owners of files on `mount` as the maps of a user namespace have them.
+pub(crate) fn mount_map_owners(mount: BorrowedFd<'_>, namespace: &OwnedFd) -> Result<(), Errno> {
+    let attr = MountAttr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::try_from(namespace.as_raw_fd()).map_err(|_| Errno::BADF)?,
+    };
+    mount_setattr(mount, 0, &attr)
+}
+
+fn mount_setattr(mount: BorrowedFd<'_>, flags: i32, attr: &MountAttr) -> Result<(), Errno> {
     // SAFETY: the path is an empty C string and the structure has the size that is given.
     let done = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
+            mount.as_raw_fd(),
             c"".as_ptr(),
-            flags,
-            &raw const attr,
+            libc::AT_EMPTY_PATH | flags,
+            std::ptr::from_ref(attr),
             size_of::<MountAttr>(),
         )
     };

@@ -21,6 +21,7 @@ const LAYER_BYTES: u64 = 64 << 20;
 pub(super) struct Stage {
     tmpfs: OwnedFd,
     layer: OwnedFd,
+    upper: OwnedFd,
     writable: bool,
 }
 
@@ -42,11 +43,15 @@ impl Stage {
             mkdirat(&tmpfs, name, Mode::from(0o755)).map_err(step("make a folder on a tmpfs"))?;
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let layer = openat(&tmpfs, "layer", flags, Mode::empty()).map_err(step("open a folder"))?;
+        let folder = |name| {
+            openat(&tmpfs, name, flags, Mode::empty()).map_err(step("open a folder on a tmpfs"))
+        };
+        let (layer, upper) = (folder("layer")?, folder("upper")?);
         let writable = writable_bytes.is_some();
         Ok(Stage {
             tmpfs,
             layer,
+            upper,
             writable,
         })
     }
@@ -54,6 +59,11 @@ impl Stage {
     /// The empty folder for the container's own layer.
     pub(super) fn skeleton(&self) -> BorrowedFd<'_> {
         self.layer.as_fd()
+    }
+
+    /// The folder that takes what a writable container writes.
+    pub(super) fn upper(&self) -> BorrowedFd<'_> {
+        self.upper.as_fd()
     }
 
     /// Image and layer as one tree, attached: the new root.

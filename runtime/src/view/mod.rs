@@ -9,6 +9,7 @@ mod assemble;
 mod bind;
 mod error;
 mod generated;
+mod owner;
 mod place;
 mod skeleton;
 
@@ -63,6 +64,10 @@ pub fn build(
     image: OwnedFd,
 ) -> Result<View, ViewError> {
     enter_copy_of(task_namespace)?;
+    if spec.writable_bytes.is_some() {
+        // Where the kernel cannot, the user writes where the image lets everybody.
+        let _ = owner::give_to(&spec.user, image.as_fd());
+    }
     let mut opener = Opener::start(&spec.user).map_err(ViewError::Opener)?;
     let opened = bind::open_sources(&spec.binds, &mut opener)?;
     let mut atlas = Atlas::new(image.as_fd());
@@ -77,6 +82,7 @@ pub fn build(
 
     let stage = Stage::new(spec.writable_bytes)?;
     skeleton::make(stage.skeleton(), image.as_fd(), atlas.missing(), &files)?;
+    skeleton::copy_root(stage.upper(), image.as_fd())?;
     let root = stage.root_over(image)?;
     for ((open, spot), tree) in binds.iter().zip(trees) {
         bind::attach(root.as_fd(), open, spot, tree)?;

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid, chmodat, chownat, fstat, mkdirat, openat};
+use rustix::io::Errno;
 
 use super::error::at;
 use super::generated::GeneratedFile;
@@ -44,34 +45,33 @@ pub(super) fn make(
     Ok(())
 }
 
+/// Gives `folder` the owner and mode of the image's root.
+pub(super) fn copy_root(folder: BorrowedFd<'_>, image: BorrowedFd<'_>) -> Result<(), ViewError> {
+    copy_looks(folder, image, Path::new(".")).map_err(at("copy the looks of", "/"))
+}
+
 fn make_folder(layer: BorrowedFd<'_>, image: BorrowedFd<'_>, path: &Path) -> Result<(), ViewError> {
-    let fail = |errno| at("make the mount point", path)(errno);
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY;
-    let place = match path.as_os_str().is_empty() {
-        true => Path::new("."),
-        false => path,
-    };
-    if place == path {
-        mkdirat(layer, path, Mode::from(0o755)).map_err(fail)?;
+    if path.as_os_str().is_empty() {
+        return copy_root(layer, image);
     }
-    if let Ok(original) = inside(image, place, flags) {
-        let stat = fstat(original).map_err(fail)?;
+    mkdirat(layer, path, Mode::from(0o755))
+        .and_then(|()| copy_looks(layer, image, path))
+        .map_err(at("make the mount point", path))
+}
+
+/// Owner and mode of the folder that the image has at `path`, if it has one.
+fn copy_looks(layer: BorrowedFd<'_>, image: BorrowedFd<'_>, path: &Path) -> Result<(), Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY;
+    if let Ok(original) = inside(image, path, flags) {
+        let stat = fstat(original)?;
         let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-        chownat(
-            layer,
-            place,
-            Some(uid),
-            Some(gid),
-            AtFlags::SYMLINK_NOFOLLOW,
-        )
-        .map_err(fail)?;
+        chownat(layer, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
         chmodat(
             layer,
-            place,
+            path,
             Mode::from_raw_mode(stat.st_mode),
             AtFlags::empty(),
-        )
-        .map_err(fail)?;
+        )?;
     }
     Ok(())
 }
