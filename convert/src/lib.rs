@@ -4,7 +4,7 @@
 //! is not compressed. All headers are kept (about 200 bytes an entry), and at the end the tree is merged from them,
 //! base first, as an unpacker would have made it; nothing is ever unpacked on a disk.
 //!
-//! - [`tar`], [`decode`], `stream`: from compressed bytes to entries;
+//! - [`tar`], [`decode`], `gzip`, `stream`: from compressed bytes to entries;
 //! - `paths`, `entries`, `scan`, `spill`, `notes`: what the layers say, kept;
 //! - `merge`, `image`: the tree;
 //! - `policy`: what metadata stays;
@@ -16,6 +16,7 @@
 mod convert;
 pub mod decode;
 mod entries;
+mod gzip;
 mod image;
 pub mod job;
 mod merge;

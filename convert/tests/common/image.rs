@@ -103,10 +103,16 @@ impl Mounted {
         let file = dir.path().join("image");
         std::fs::copy(source, &file).unwrap();
         std::fs::create_dir(dir.path().join("mnt")).unwrap();
-        run(Command::new("mount")
-            .args(["-t", "squashfs", "-o", "loop,ro"])
-            .arg(&file)
-            .arg(dir.path().join("mnt")));
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "squashfs", "-o", "loop,ro"]);
+        mount.arg(&file).arg(dir.path().join("mnt"));
+        // A free loop device that was found may be somebody else's a moment later.
+        for _ in 0..20 {
+            if mount.output().unwrap().status.success() {
+                return Self(dir);
+            }
+        }
+        run(&mut mount);
         Self(dir)
     }
 
