@@ -18,11 +18,12 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::admit::admit;
 use crate::catalogue::{Catalogue, ImageRow};
-use crate::fetch::{Blob, FetchError, Fetcher, Want, feed};
+use crate::fetch::{FetchError, Fetcher, Want, feed};
 use crate::flight::Flights;
 use crate::metrics::Metrics;
 use crate::resolve::manifest::{Descriptor, Manifest, ManifestError};
 use crate::resolve::{Resolution, Resolver};
+use crate::rights::{self, Wanted};
 use crate::seal::protocol::{Answer, Request, SealRequest};
 use crate::sealer::Sealer;
 
@@ -63,6 +64,7 @@ struct Inner {
     catalogue: Catalogue,
     metrics: Arc<Metrics>,
     slots: Semaphore,
+    max_bytes: u64,
 }
 
 /// Why a try failed, and whether another one may help.
@@ -97,6 +99,7 @@ impl Maker {
                 catalogue,
                 metrics,
                 slots: Semaphore::new(config.daemon.parallel_conversions),
+                max_bytes: config.convert.limits.max_bytes,
             }),
             flights: Arc::default(),
             news: Arc::default(),
@@ -192,7 +195,7 @@ impl Inner {
             .resolver
             .manifest(reference, resolution.manifest)
             .await?;
-        manifest.check()?;
+        manifest.check(self.max_bytes)?;
         let admission = admit(resolution, &manifest);
         let config = self.config(resolution, &manifest).await?;
         // From the top down: transfers start in the order in which they are asked for.
@@ -202,6 +205,7 @@ impl Inner {
         }
         blobs.reverse();
         news.send_modify(|p| p.total = manifest.layer_bytes());
+        rights::check(&self.catalogue, &self.fetcher, &blobs).await?;
 
         let request = Request::Seal(SealRequest {
             manifest_digest: manifest.digest,
@@ -211,6 +215,7 @@ impl Inner {
             admission,
         });
         let told = tell(&blobs, news);
+        let noted = rights::note(&self.catalogue, &blobs);
         let sealed = async {
             // Transfers go on while this image waits for its turn.
             let _slot = self.slots.acquire().await;
@@ -220,6 +225,7 @@ impl Inner {
         let image = tokio::select! {
             sealed = sealed => sealed?,
             never = told => match never {},
+            never = noted => match never {},
         };
         self.catalogue.put_image(&image).await?;
         Ok(image)
@@ -240,8 +246,10 @@ impl Inner {
             #[serde(default)]
             variant: Option<String>,
         }
-        let blob = self.fetch(resolution, &manifest.config)?;
+        let (blob, want) = self.fetch(resolution, &manifest.config)?;
         let file = blob.wait().await.map_err(fetch_failed)?;
+        let blobs = [(blob.clone(), want)];
+        rights::check(&self.catalogue, &self.fetcher, &blobs).await?;
         let size = blob.size as usize;
         let read = tokio::task::spawn_blocking(move || {
             let mut bytes = vec![0; size];
@@ -272,33 +280,30 @@ impl Inner {
         Ok(text(bytes, "configuration")?)
     }
 
-    fn fetch(
-        &self,
-        resolution: &Resolution,
-        descriptor: &Descriptor,
-    ) -> Result<Arc<Blob>, ErrorBody> {
+    fn fetch(&self, resolution: &Resolution, descriptor: &Descriptor) -> Result<Wanted, ErrorBody> {
         let want = Want {
             registry: resolution.reference.registry().into(),
             repository: resolution.reference.repository().into(),
             digest: descriptor.digest,
             size: descriptor.size,
         };
-        let blob = self.fetcher.ensure(want);
-        blob.map_err(|e| internal(format!("cannot use the spool: {e}")))
+        let blob = self.fetcher.ensure(want.clone());
+        let blob = blob.map_err(|e| internal(format!("cannot use the spool: {e}")))?;
+        Ok((blob, want))
     }
 
     /// Hands the image to the sealer and feeds it the layers.
     async fn seal(
         &self,
         request: &Request,
-        blobs: &[Arc<Blob>],
+        blobs: &[Wanted],
         news: &watch::Sender<Progress>,
     ) -> Result<ImageRow, Attempt> {
         let mut readers = Vec::new();
         // Dropped after `answer`, whatever ends this: the connection closes first, because an end of file on a pipe
         // says that the layer is whole.
         let mut feeders = FuturesUnordered::new();
-        for blob in blobs {
+        for (blob, _) in blobs {
             let (reader, writer) = new_pipe().map_err(|e| internal(format!("no pipe: {e}")))?;
             readers.push(reader);
             feeders.push(feed(blob.clone(), writer));
@@ -335,7 +340,7 @@ impl Inner {
             Err(e) if e.kind == ErrorKind::CorruptLayer => {
                 // The layer has its digest: what is wrong is in the image, or in what the disk made of the spool.
                 self.fetcher
-                    .discard(&blobs.iter().map(|b| b.digest).collect::<Vec<_>>());
+                    .discard(&blobs.iter().map(|(b, _)| b.digest).collect::<Vec<_>>());
                 Err(Attempt::Final(e.into()))
             }
             Err(e) => Err(Attempt::Final(e.into())),
@@ -344,11 +349,11 @@ impl Inner {
 }
 
 /// Tells again and again how much has arrived. Never ends.
-async fn tell(blobs: &[Arc<Blob>], news: &watch::Sender<Progress>) -> std::convert::Infallible {
+async fn tell(blobs: &[Wanted], news: &watch::Sender<Progress>) -> std::convert::Infallible {
     let mut tick = tokio::time::interval(TELL);
     loop {
         tick.tick().await;
-        let fetched = blobs.iter().map(|b| b.bytes()).sum();
+        let fetched = blobs.iter().map(|(b, _)| b.bytes()).sum();
         news.send_if_modified(|p| std::mem::replace(&mut p.fetched, fetched) != fetched);
     }
 }

@@ -15,6 +15,7 @@ mod notify;
 pub mod pulls;
 pub mod registry;
 pub mod resolve;
+pub mod rights;
 pub mod seal;
 mod sealer;
 pub mod serve;

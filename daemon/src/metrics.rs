@@ -1,10 +1,10 @@
 //! What the daemon counts, for Prometheus.
 
+use std::fmt::Write as _;
 use std::sync::atomic::AtomicU64;
-use std::time::Instant;
 
 use prometheus_client::encoding::text::encode;
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -12,13 +12,23 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 /// How a pull ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// The image was there.
     Hit,
-    /// It was made.
+    /// It was made, or waited for.
     Made,
     Failed,
+}
+
+impl EncodeLabelValue for Outcome {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
+        encoder.write_str(match self {
+            Self::Hit => "hit",
+            Self::Made => "made",
+            Self::Failed => "failed",
+        })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -49,7 +59,6 @@ pub struct Metrics {
     pub sealer_up: Gauge<i64>,
     pub requests: Family<RequestLabels, Counter>,
     pub sealer_restarts: Counter<u64, AtomicU64>,
-    pub started: Instant,
 }
 
 impl Default for Metrics {
@@ -67,7 +76,6 @@ impl Default for Metrics {
             sealer_up: Gauge::default(),
             requests: Family::default(),
             sealer_restarts: Counter::default(),
-            started: Instant::now(),
             registry: Registry::default(),
         };
         let bytes = || Unit::Bytes;

@@ -152,9 +152,7 @@ pub async fn run(
         std::future::pending::<Result<(), StartError>>().await
     };
     let result = tokio::select! {
-        served = &mut serving => served.map_err(StartError::Serve),
-        Err(e) = begun => Err(e),
-        Some(code) = &mut sealer_runs => Err(StartError::Sealer(code)),
+        biased;
         () = stop.cancelled() => {
             tracing::info!("told to end");
             notify::stopping();
@@ -163,6 +161,9 @@ pub async fn run(
                 Err(_) => Ok(()),
             }
         }
+        served = &mut serving => served.map_err(StartError::Serve),
+        Err(e) = begun => Err(e),
+        Some(code) = &mut sealer_runs => Err(StartError::Sealer(code)),
     };
     stop.cancel();
     // The socket's file goes before the lock: a daemon that starts now finds nobody there.

@@ -323,7 +323,7 @@ pub(crate) fn blob_gets(
 /// Waits until `path` exists and has at least `bytes`.
 pub(crate) async fn wait_file(path: &Path, bytes: u64) {
     let there = async {
-        while std::fs::metadata(path).map(|m| m.len()).unwrap_or(0) < bytes {
+        while !std::fs::metadata(path).is_ok_and(|m| m.len() >= bytes) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };

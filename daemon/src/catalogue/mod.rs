@@ -7,6 +7,7 @@ mod images;
 mod pins;
 mod pulls;
 mod scan;
+mod sources;
 mod tags;
 
 use std::path::{Path, PathBuf};

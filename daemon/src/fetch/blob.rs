@@ -11,6 +11,7 @@ use sha2::Digest as _;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use super::Want;
 use super::spool::{Part, Spool};
 use crate::registry::RegistryError;
 
@@ -95,10 +96,17 @@ pub struct Blob {
     pub digest: Digest,
     pub size: u64,
     frontier: watch::Receiver<Frontier>,
+    /// Who sends it; nobody, when it was in the spool.
+    from: Option<Want>,
     _transfer: Option<DropGuard>,
 }
 
 impl Blob {
+    /// Whether it is being sent by the repository that `want` names.
+    pub fn comes_from(&self, want: &Want) -> bool {
+        self.from.as_ref() == Some(want)
+    }
+
     pub(super) fn whole(digest: Digest, size: u64, file: File) -> Self {
         let (_, frontier) = watch::channel(Frontier {
             file: Some(Arc::new(file)),
@@ -109,20 +117,21 @@ impl Blob {
             digest,
             size,
             frontier,
+            from: None,
             _transfer: None,
         }
     }
 
     pub(super) fn coming(
-        digest: Digest,
-        size: u64,
+        want: Want,
         frontier: watch::Receiver<Frontier>,
         transfer: CancellationToken,
     ) -> Self {
         Self {
-            digest,
-            size,
+            digest: want.digest,
+            size: want.size,
             frontier,
+            from: Some(want),
             _transfer: Some(transfer.drop_guard()),
         }
     }

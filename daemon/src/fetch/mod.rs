@@ -101,7 +101,7 @@ impl Fetcher {
             None => {
                 let (tx, rx) = watch::channel(Frontier::default());
                 let cancel = CancellationToken::new();
-                let blob = Arc::new(Blob::coming(digest, size, rx, cancel.clone()));
+                let blob = Arc::new(Blob::coming(want.clone(), rx, cancel.clone()));
                 let (inner, writing) = (inner.clone(), writing.clone());
                 let slot = queue(&inner.slots);
                 tokio::spawn(async move {
@@ -123,6 +123,15 @@ impl Fetcher {
         };
         live.insert(digest, entry);
         Ok(blob)
+    }
+
+    /// Asks the repository whether it shows us the blob, without fetching it.
+    pub async fn ask(&self, want: &Want) -> Result<(), RegistryError> {
+        let registries = &self.inner.registries;
+        let registry = registries.get(&want.registry)?;
+        registries
+            .retrying(|| registry.has_blob(&want.repository, &want.digest))
+            .await
     }
 
     /// Forgets blobs whose content turned out to be no good, so that they are fetched again.

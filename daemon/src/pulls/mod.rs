@@ -168,6 +168,8 @@ impl Pulls {
             let began = Instant::now();
             let ended = inner.pull(&key, &entry, open.as_ref()).await;
             let id = entry.pull().id;
+            // First: who hears of the end and asks again begins anew, and does not join what has ended.
+            lock(&inner.table).end(Some(&key), &entry);
             entry.update(|p| match &ended {
                 Ok(image) => ready(p, image),
                 Err(e) => {
@@ -176,7 +178,6 @@ impl Pulls {
                     p.error = Some(e.clone());
                 }
             });
-            lock(&inner.table).end(Some(&key), &entry);
             inner.metrics.pulls_in_flight.dec();
             let ms = began.elapsed().as_millis() as u64;
             match &ended {

@@ -6,7 +6,7 @@ use berth_client::api::{ErrorKind, Job, PullState};
 
 use super::*;
 use crate::registry::testing::{Fault, TestRegistry};
-use crate::testbed::{SOON, Site, blob_gets, pull, reference, wait_file};
+use crate::testbed::{SOON, Site, blob_gets, pull, reference};
 
 fn noise(seed: u8, size: usize) -> Vec<u8> {
     let mut state = u32::from(seed) + 1;
@@ -71,6 +71,22 @@ async fn sixty_four_askers_with_four_tags_cost_one_get_a_blob_and_one_conversion
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_layer_of_another_repository_is_not_had_by_knowing_its_digest() {
+    let (site, registry) = (Site::new(""), TestRegistry::start().await);
+    let secret = noise(20, 50_000);
+    registry.push("private/a", "1", &[&secret]);
+    let app = site.daemon().await;
+    let owner = pull(&app, &reference(&registry.host(), "private/a:1")).await;
+    assert_eq!(owner.state, PullState::Ready);
+    // A manifest that names the layer, in a repository that does not hold it.
+    let image = registry.push("evil/b", "1", &[&secret, b"mine"]);
+    registry.remove(&format!("/v2/evil/b/blobs/{}", image.layers[0]));
+    let (kind, _) = failure(&pull(&app, &reference(&registry.host(), "evil/b:1")).await);
+    assert_eq!(kind, ErrorKind::UnknownImage);
+    assert_eq!(site.counts.sealed.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn layers_reach_the_converter_while_they_arrive() {
     let (site, registry) = (Site::new(""), TestRegistry::start().await);
     let layer = noise(4, 400_000);
@@ -110,7 +126,8 @@ async fn damaged_bytes_are_never_called_whole_and_the_next_pull_is_good() {
     assert!(message.contains(&registry.host()) && message.contains(&image.layers[0].to_string()));
     assert!(!site.spool(&image.layers[0], "").exists());
     assert!(!site.spool(&image.layers[0], ".part").exists());
-    assert_eq!(pull(&app, &name).await.state, PullState::Ready);
+    let again = pull(&app, &name).await;
+    assert_eq!(again.state, PullState::Ready, "{:?}", again.error);
     assert_eq!(site.counts.lied.load(Ordering::SeqCst), 0);
     assert_eq!(blob_gets(&registry)[&image.layers[1].to_string()], 1);
 }
@@ -150,7 +167,9 @@ fn a_killed_daemon_goes_on_under_the_same_id_with_what_it_had() {
             .start(&name, &Platform::host(), 7, false)
             .await
             .unwrap();
-        wait_file(&site.spool(&image.layers[0], ".part"), 150_000).await;
+        let counts = site.counts.clone();
+        let read = tokio::task::spawn_blocking(move || counts.wait_read(150_000));
+        read.await.unwrap();
         entry.pull().id
     });
     first.shutdown_timeout(SOON);

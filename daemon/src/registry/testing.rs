@@ -100,6 +100,10 @@ impl TestRegistry {
         content.insert(path.into(), (media_type.into(), bytes.into()));
     }
 
+    pub(crate) fn remove(&self, path: &str) {
+        self.shared.content.lock().unwrap().remove(path);
+    }
+
     pub(crate) fn put_blob(&self, repository: &str, bytes: impl Into<Bytes>) -> Digest {
         let bytes = bytes.into();
         let digest = Digest::of(&bytes);

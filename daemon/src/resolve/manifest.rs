@@ -52,6 +52,12 @@ pub enum ManifestError {
         found: usize,
         limit: usize,
     },
+    #[error("the layers of {manifest} have {found} bytes, at most {limit} are allowed here")]
+    TooLarge {
+        manifest: Digest,
+        found: u64,
+        limit: u64,
+    },
     #[error("the configuration of {0} has {1} bytes, at most {MAX_CONFIG} are allowed")]
     ConfigSize(Digest, u64),
     #[error("indexes are nested deeper than {0} levels")]
@@ -75,6 +81,10 @@ impl From<ManifestError> for ErrorBody {
             ManifestError::Schema1(_) => (
                 ErrorKind::ConversionFailed,
                 Some("push the image again with a current tool".into()),
+            ),
+            ManifestError::TooLarge { .. } => (
+                ErrorKind::ConversionFailed,
+                Some("the site sets this by [convert.limits] max_bytes".into()),
             ),
             ManifestError::Malformed(..) => (ErrorKind::UpstreamUnavailable, None),
             _ => (ErrorKind::ConversionFailed, None),
@@ -194,8 +204,16 @@ pub fn parse(
 }
 
 impl Manifest {
-    /// Whether this is an image that can be made, before anything of it is fetched.
-    pub fn check(&self) -> Result<(), ManifestError> {
+    /// Whether this is an image that can be made, before anything of it is fetched. `max_bytes` is for all layers.
+    pub fn check(&self, max_bytes: u64) -> Result<(), ManifestError> {
+        let found = self.layer_bytes();
+        if found > max_bytes {
+            return Err(ManifestError::TooLarge {
+                manifest: self.digest,
+                found,
+                limit: max_bytes,
+            });
+        }
         let config = self.config.media_type.as_str();
         if config != OCI_CONFIG && config != DOCKER_CONFIG {
             return Err(ManifestError::NotAnImage(self.digest, clip(config)));
@@ -358,8 +376,13 @@ mod tests {
         let both = r#"{"schemaVersion":2,"manifests":[],"layers":[]}"#;
         assert!(matches!(read(both), Err(ManifestError::Ambiguous(_))));
         let helm = image("application/vnd.cncf.helm.config.v1+json", LAYERS[1]);
-        assert!(matches!(helm.check(), Err(ManifestError::NotAnImage(..))));
-        assert_eq!(image(OCI_CONFIG, LAYERS[2]).check(), Ok(()));
+        assert!(matches!(helm.check(9), Err(ManifestError::NotAnImage(..))));
+        assert_eq!(image(OCI_CONFIG, LAYERS[2]).check(3), Ok(()));
+        let large = image(OCI_CONFIG, LAYERS[2]).check(2);
+        assert!(matches!(
+            large,
+            Err(ManifestError::TooLarge { found: 3, .. })
+        ));
     }
 
     #[test]
@@ -368,7 +391,7 @@ mod tests {
             DOCKER_CONFIG,
             "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
         );
-        let e = e.check().unwrap_err().to_string();
+        let e = e.check(9).unwrap_err().to_string();
         assert!(
             e.starts_with("layer 0 of sha256:") && e.contains("foreign layer"),
             "{e}"

@@ -212,3 +212,99 @@ fn the_description_names_every_path() {
         assert!(text.contains(&format!("\"{path}\"")), "{path}");
     }
 }
+
+/// A munged of our own, ended with the test.
+struct Munged(std::process::Child);
+
+impl Drop for Munged {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn munged(dir: &std::path::Path) -> Option<Munged> {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let key = dir.join("munge.key");
+    std::fs::write(&key, [7; 64]).unwrap();
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let at = |option: &str, name: &str| format!("--{option}={}", dir.join(name).display());
+    let started = std::process::Command::new("/usr/sbin/munged")
+        .args(["--foreground", "--force", "--num-threads=1"])
+        .args([
+            at("key-file", "munge.key"),
+            at("socket", "munge.sock"),
+            at("pid-file", "munge.pid"),
+        ])
+        .args([at("log-file", "munge.log"), at("seed-file", "munge.seed")])
+        .stderr(std::process::Stdio::null())
+        .spawn();
+    match started {
+        Ok(child) => Some(Munged(child)),
+        Err(e) if std::env::var_os("CI").is_none() => {
+            eprintln!("left out: munged cannot be started: {e}");
+            None
+        }
+        Err(e) => panic!("munged cannot be started: {e}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_tcp_munge_says_who_asks_and_for_what() {
+    let site = Site::new("");
+    let Some(_munged) = munged(site.dir.path()) else {
+        return;
+    };
+    let socket = site.dir.path().join("munge.sock");
+    crate::testbed::wait_file(&socket, 0).await;
+    let app = site.daemon().await;
+    let munge = Arc::new(Munge::load(Some(&socket)).unwrap());
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let server = tokio::spawn(serve_tcp(listener, app, munge.clone(), stop.clone()));
+    let asked = tokio::task::spawn_blocking(move || {
+        let client = Client::tcp(&format!("http://{address}"), Some(&socket));
+        assert!(client.images().unwrap().is_empty());
+        let missing = client.pull(&request("/nowhere")).unwrap_err();
+        assert!(
+            matches!(missing, berth_client::ClientError::Api(e) if e.kind == ErrorKind::BadReference)
+        );
+        let plain = status_of(address, None);
+        assert_eq!(plain, 401);
+        // A credential of something else, and one that was used.
+        let other = berth_client::request_payload("GET", "/v1/status", b"");
+        assert_eq!(
+            status_of(address, Some(munge.encode(other.as_bytes()).unwrap())),
+            401
+        );
+        let good = berth_client::request_payload("GET", "/v1/images", b"");
+        let good = munge.encode(good.as_bytes()).unwrap();
+        assert_eq!(status_of(address, Some(good.clone())), 200);
+        assert_eq!(status_of(address, Some(good)), 401);
+    });
+    asked.await.unwrap();
+    stop.cancel();
+    tokio::time::timeout(SOON, server)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+}
+
+/// The status of `GET /v1/images` with that credential.
+fn status_of(address: std::net::SocketAddr, credential: Option<String>) -> u16 {
+    use std::io::{Read as _, Write as _};
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    let credential = credential.map(|c| format!("Authorization: Munge {c}\r\n"));
+    let head = format!(
+        "GET /v1/images HTTP/1.1\r\nHost: b\r\nConnection: close\r\n{}\r\n",
+        credential.unwrap_or_default()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer.split(' ').nth(1).unwrap().parse().unwrap()
+}
