@@ -36,8 +36,15 @@ pub fn step() -> ExitCode {
     match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let line = format!("berth: the plugin's socket, descriptor 3: {error}\n");
-            let _ = io::stderr().write_all(line.as_bytes());
+            let why = text::plain(&error);
+            let refusal = refusal::Refusal::new(
+                refusal::code::INTERNAL,
+                format!("descriptor 3 is not the socket of Slurm's plugin: {why}"),
+            );
+            let text = refusal
+                .hint("the plugin starts this; people use `berth`")
+                .text();
+            let _ = writeln!(io::stderr(), "{text}");
             ExitCode::from(refusal::code::INTERNAL)
         }
     }

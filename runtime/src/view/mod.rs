@@ -96,6 +96,8 @@ pub fn build(
     .map_err(step("open the new mount namespace"))?;
     assemble::change_root(root)?;
     let cwd = working_directory(spec, &mut opener)?;
+    // Closing some thirty descriptors would keep the task waiting; this process ends with its answer.
+    std::mem::forget((binds, opener));
     Ok(View { namespace, cwd })
 }
 
