@@ -95,7 +95,8 @@ fn many_pulls_of_one_digest_by_different_names_fetch_and_convert_once() {
         }
     });
     for (digest, count) in proxy.blobs() {
-        assert_eq!(count.gets, 1, "{digest}");
+        // A layer that another image brought is asked about (HEAD), not fetched.
+        assert!(count.gets <= 1, "{digest} was fetched {} times", count.gets);
     }
     let after = made(cluster);
     pull(cluster, &names[0]).ok();
