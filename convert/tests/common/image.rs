@@ -123,7 +123,8 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        run(Command::new("umount").arg(self.root()));
+        // Lazily: whoever looks at all mounts at this moment must not leave it behind.
+        run(Command::new("umount").arg("-l").arg(self.root()));
     }
 }
 
