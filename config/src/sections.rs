@@ -170,7 +170,7 @@ pub struct Node {
     /// Public keys (PEM) whose records are believed; files and folders owned by root. Default
     /// `["/etc/berth/keys/site.pub"]`.
     pub keys: Vec<PathBuf>,
-    /// Locks of the runtime, on a local filesystem. Default `/run/berth`.
+    /// Locks of the runtime, on a local filesystem. Default `/run/berth-node`, a folder that only root can change.
     pub run_dir: PathBuf,
     /// Seconds that a task waits for its image. Default 900.
     pub wait_s: u64,
@@ -297,7 +297,7 @@ impl Default for Node {
     fn default() -> Self {
         Self {
             keys: vec!["/etc/berth/keys/site.pub".into()],
-            run_dir: "/run/berth".into(),
+            run_dir: "/run/berth-node".into(),
             wait_s: 900,
             submit_wait_s: 2,
             writable_bytes: 8 << 30,
