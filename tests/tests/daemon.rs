@@ -358,7 +358,7 @@ fn bad_input_gets_a_clear_error_and_changes_nothing() {
         "layer not in the registry",
         through(&lost),
         &[1, 69],
-        "layer",
+        "blobs/sha256",
     ));
 
     let broken = fresh();
@@ -392,7 +392,7 @@ fn bad_input_gets_a_clear_error_and_changes_nothing() {
         "layer whose diff id is a lie",
         wrong_id.name.clone(),
         &[1],
-        "diff",
+        "configuration says",
     ));
 
     let before = cluster.published().0.len();
