@@ -9,16 +9,21 @@ IMPORT = "import numpy, scipy.linalg"
 
 
 def run(runs):
-    bare = Cluster("bench-bare", "--nodes", "1", "--no-berth")
-    ours = Cluster("bench-start", "--nodes", "1")
+    # What a TaskProlog costs, whatever it does, is Slurm's: the plugin is measured without and with the guard.
+    clusters = [
+        Cluster("bench-start", "--nodes", "1"),
+        Cluster("bench-bare", "--nodes", "1", "--no-berth"),
+        Cluster("bench-plugin", "--nodes", "1", "--task-prolog", "none"),
+        Cluster("bench-prolog", "--nodes", "1", "--no-berth", "--task-prolog", "/bin/true"),
+    ]
     try:
-        return measure(ours, bare, runs)
+        return measure(runs, *clusters)
     finally:
-        ours.down()
-        bare.down()
+        for cluster in clusters:
+            cluster.down()
 
 
-def measure(ours, bare, runs):
+def measure(runs, ours, bare, unguarded, prolog):
     say("pushing and pulling the benchmark image")
     image = ours.push("bench", "bench/start:1")
     file = ours.user("berth", "path", image)
@@ -32,8 +37,10 @@ def measure(ours, bare, runs):
         return variants
 
     say("srun true")
-    none, plain, inside, peer = group(
-        srun("srun true, no plugin", "true", cluster=bare),
+    none, alone, other, plain, inside, peer = group(
+        srun("no plugin", "true", cluster=bare),
+        srun("plugin", "true", cluster=unguarded),
+        srun("no plugin, TaskProlog=/bin/true", "true", cluster=prolog),
         srun("srun true", "true"),
         srun("container", container, "true"),
         srun("srun ch-run", "ch-run", file, "--", "true"),
@@ -50,7 +57,9 @@ def measure(ours, bare, runs):
         srun("srun ch-run", "ch-run", file, "--", "python3", "-c", IMPORT),
     )
     rows = [
-        added("no container, plugin loaded: adds", plain, none, none, "no plugin", bar=("value", 1.0)),
+        against("srun true, plugin loaded", alone, none),
+        added("plugin adds to srun true", alone, none, other, "TaskProlog=/bin/true adds", bar=("value", 1.0)),
+        added("plugin and guard add to srun true", plain, none, other, "TaskProlog=/bin/true adds"),
         against("srun --container IMG true", inside, plain),
         added("container adds to srun true", inside, plain, peer, "ch-run adds", bar=("value", 8.0)),
         against("srun --container IMG true", inside, peer),

@@ -77,7 +77,7 @@ def write_configuration(layout):
 def slurm_conf(layout, plugstack_file):
     choices = layout.choices
     nodes, port = choices["nodes"], choices["slurmd_port"]
-    prolog = choices["task_prolog"] or (layout.path("bin", "berth-guard") if choices["berth"] else None)
+    prolog = choices["task_prolog"] or (layout.path("bin", "berth-guard") if choices["berth"] else "none")
     return SLURM_CONF.format(
         name=layout.name,
         host=socket.gethostname().split(".")[0],
@@ -85,7 +85,7 @@ def slurm_conf(layout, plugstack_file):
         munge_socket=layout.munge_socket,
         folder=layout.folder,
         plugstack=plugstack_file,
-        task_prolog=f"TaskProlog={prolog}" if prolog else "# no TaskProlog",
+        task_prolog="# no TaskProlog" if prolog == "none" else f"TaskProlog={prolog}",
         extra="\n".join(choices["slurm_conf"]),
         slurmd_debug=choices["slurmd_debug"],
         nodes=nodes,
