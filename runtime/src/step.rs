@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::fstat;
+use rustix::fs::{Mode, OFlags, fstat, open};
 use rustix::io::Errno;
 
 use crate::channel::{Channel, Packet};
@@ -248,8 +248,33 @@ impl Step {
             return self.fail(ended("the process that looks for the image"));
         };
         match prepared.mount(Fields(body), data) {
-            Ok(image) => self.image = ImageState::Ready(Box::new(image)),
+            Ok(image) => {
+                self.image = ImageState::Ready(Box::new(image));
+                self.foresee();
+            }
             Err(refusal) => self.fail(refusal),
+        }
+    }
+
+    /// Most tasks come from the mount namespace of slurmstepd, which is also this process's, and start in the folder
+    /// that the job's environment names: their view is begun before the first of them asks. A task that comes from
+    /// elsewhere gets a view of its own.
+    fn foresee(&mut self) {
+        let cwd = self.prepared.as_ref().and_then(|p| p.job.cwd.clone());
+        let Some(cwd) = cwd.filter(|_| self.views.is_empty()) else {
+            return;
+        };
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let Ok(namespace) = open("/proc/self/ns/mnt", flags, Mode::empty()) else {
+            return;
+        };
+        if let Ok(stat) = fstat(&namespace) {
+            let place = Place {
+                device: stat.st_dev,
+                inode: stat.st_ino,
+                cwd,
+            };
+            self.views.push((place, ViewState::Asked(namespace)));
         }
     }
 

@@ -97,6 +97,8 @@ pub(crate) struct Job {
     pub(crate) mounts: Vec<OsString>,
     pub(crate) workdir: Option<PathBuf>,
     pub(crate) writable: bool,
+    /// Where the tasks will be, as the job's environment has it: a guess, the user's to make.
+    pub(crate) cwd: Option<PathBuf>,
     pub(crate) script: Option<PathBuf>,
     pub(crate) prologs: Vec<PathBuf>,
 }
@@ -137,6 +139,7 @@ impl Job {
                 .collect(),
             workdir: fields.path("workdir"),
             writable: fields.get("writable") == Some(b"1"),
+            cwd: fields.path("cwd"),
             script: fields.path("script"),
             prologs: fields
                 .all("prolog")

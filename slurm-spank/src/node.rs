@@ -214,6 +214,7 @@ fn describe(spank: Spank, settings: &Settings, wish: &Wish) -> Option<Body> {
         .field("pins", &env(names::JOB_PINS))
         .field("workdir", &wish.workdir)
         .field("writable", if wish.writable { b"1" } else { b"0" })
+        .field("cwd", &env(c"PWD"))
         .field("script", &script);
     for mount in &wish.mounts {
         body.field("mount", mount);
