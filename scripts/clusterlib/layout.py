@@ -92,10 +92,15 @@ class Layout:
     def daemon_socket(self):
         return self.path("run", "daemon", "api.sock")
 
-    @property
-    def mark(self):
-        """What every process started for this cluster carries in its environment."""
-        return f"BERTH_CLUSTER_DIR={self.folder}"
+    def started(self, environment):
+        """Whether a process with this environment (a set of b"NAME=VALUE") was started by this cluster: its daemons and
+        what they start carry its folder, its jobs' tasks its slurm.conf together with the name of a node. A shell
+        that sourced `cluster env` has no node's name."""
+        if f"BERTH_CLUSTER_DIR={self.folder}".encode() in environment:
+            return True
+        ours = f"SLURM_CONF={self.path('etc')}/".encode()
+        on_a_node = any(entry.startswith(b"SLURMD_NODENAME=") for entry in environment)
+        return on_a_node and any(entry.startswith(ours) for entry in environment)
 
 
 def all_clusters():

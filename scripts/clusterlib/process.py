@@ -154,15 +154,14 @@ def end_process(pid, number, seconds, still):
         os.close(descriptor)
 
 
-def marked_processes(mark):
-    """(pid, start) of every process with `mark` (`NAME=VALUE`) in its environment, by looking at /proc."""
-    needle = mark.encode()
+def processes_with(fits):
+    """(pid, start) of every process for whose environment, a set of b"NAME=VALUE", `fits` answers true."""
     found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if needle in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+            if fits(set(Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"))):
                 fields = stat_fields(int(entry))
                 if fields and fields[0] not in "ZX":
                     found.append((int(entry), fields[2]))

@@ -241,9 +241,13 @@ impl Cluster {
         let loops = fs::read_dir("/sys/block").into_iter().flatten().flatten();
         for device in loops {
             let backing = fs::read_to_string(device.path().join("loop/backing_file"));
-            if backing.is_ok_and(|file| file.contains(&*store)) {
-                found.push(device.path().display().to_string());
-            }
+            let name = device.file_name();
+            found.extend(
+                backing
+                    .iter()
+                    .filter(|file| file.contains(&*store))
+                    .map(|file| format!("{}: {file}", name.display())),
+            );
         }
         found
     }
