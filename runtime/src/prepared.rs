@@ -15,7 +15,7 @@ use crate::sealed;
 use crate::slurm;
 use crate::trusted;
 use crate::user::Account;
-use crate::view::{Bind, IfAbsent, Kind, ViewSpec};
+use crate::view::{Bind, IfAbsent, Kind, Link, ViewSpec};
 use crate::wanted::Wanted;
 use crate::wire::{Fields, Job};
 
@@ -27,6 +27,7 @@ pub(crate) struct Prepared {
     pub(crate) wanted: Wanted,
     pub(crate) slurm_users: Vec<String>,
     slurm_binds: Vec<Bind>,
+    slurm_links: Vec<Link>,
     user_binds: Vec<Bind>,
 }
 
@@ -57,10 +58,11 @@ impl Prepared {
         }
         let client = slurm::Client::new(&config.node.slurm);
         let munge = config.api.munge_socket.as_deref();
-        let slurm_binds = client.binds(&config.node.run_dir, munge);
+        let (slurm_binds, slurm_links) = client.parts(&config.node.run_dir, munge);
         let slurm_users = client.users();
         Ok(Prepared {
             slurm_binds,
+            slurm_links,
             slurm_users,
             job,
             config,
@@ -129,6 +131,7 @@ impl Prepared {
             user: self.job.user.clone(),
             account: account.clone(),
             binds,
+            links: self.slurm_links.clone(),
             writable_bytes: self.job.writable.then_some(node.writable_bytes),
             workdir: self.job.workdir.clone(),
             job_cwd: cwd.to_owned(),

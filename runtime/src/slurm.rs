@@ -1,5 +1,8 @@
 //! Slurm's client in the container: which files of the node's it takes, so that `srun` works in a job's script.
 //!
+//! Commands and libraries are links into a few of the node's folders, bound below [`FARM`]: a mount for each of some
+//! thirty files would be a third of what a container's start costs.
+//!
 //! Which shared libraries the commands need is found out once a boot, and kept in the run folder.
 
 use std::fs;
@@ -11,7 +14,7 @@ use std::process::{Command, Stdio};
 use berth_config::Slurm;
 
 use crate::mounts::own_path;
-use crate::view::{Bind, IfAbsent, Kind};
+use crate::view::{Bind, IfAbsent, Kind, Link};
 
 const COMMANDS: [&str; 15] = [
     "srun", "sbatch", "salloc", "scancel", "squeue", "scontrol", "sinfo", "sacct", "sacctmgr",
@@ -33,6 +36,8 @@ const PLUGINS: [&str; 8] = [
     "tls_",
     "topology_",
 ];
+/// Where the node's folders lie in the container that links lead into.
+const FARM: &str = "/.berth";
 const OUR_PLUGIN: &str = "spank_berth.so";
 /// Most files that `plugstack.conf` and its includes may be.
 const MOST_FILES: usize = 32;
@@ -77,38 +82,40 @@ impl<'a> Client<'a> {
         vec![user.to_owned()]
     }
 
-    /// The binds. Whatever a node lacks is left out.
-    pub(crate) fn binds(&self, run_dir: &Path, munge_socket: Option<&Path>) -> Vec<Bind> {
+    /// Binds, and links to what some of them show. Whatever a node lacks is left out.
+    pub(crate) fn parts(
+        &self,
+        run_dir: &Path,
+        munge_socket: Option<&Path>,
+    ) -> (Vec<Bind>, Vec<Link>) {
         if !self.config.client {
-            return Vec::new();
+            return Default::default();
         }
         let lib_dir = self.lib_dir();
         let srun = self.config.bin_dir.join("srun");
         let munge_dir = self.munge_dir(munge_socket);
-        let mut binds = Vec::new();
-        let mut add = |what, path: &Path, kind| {
-            binds.push(own_path(what, path, kind, IfAbsent::SkipAny));
-        };
+        let mut farm = Farm::default();
         for command in COMMANDS {
-            add(
-                "Slurm's command",
-                &self.config.bin_dir.join(command),
-                Kind::Ordinary,
-            );
+            farm.link(&self.config.bin_dir.join(command), true);
         }
-        add("Slurm's configuration", &self.conf_dir, Kind::Ordinary);
-        add("munge's socket", &munge_dir, Kind::Ordinary);
+        let mut binds = Vec::new();
+        let mut add = |what, path: &Path| {
+            binds.push(own_path(what, path, Kind::Ordinary, IfAbsent::SkipAny));
+        };
+        add("Slurm's configuration", &self.conf_dir);
+        add("munge's socket", &munge_dir);
         let plugins = self.plugstack();
         for path in &plugins {
-            add("what plugstack.conf names", path, Kind::Ordinary);
+            add("what plugstack.conf names", path);
         }
         if let Some(lib_dir) = &lib_dir {
-            add("Slurm's libraries", lib_dir, Kind::Ordinary);
+            add("Slurm's libraries", lib_dir);
             for library in libraries(run_dir, &srun, lib_dir, &plugins) {
-                add("Slurm's library", &library, Kind::Fallback);
+                farm.link(&library, false);
             }
         }
-        binds
+        binds.extend(farm.binds);
+        (binds, farm.links)
     }
 
     /// SPANK plugins by absolute path: a client does not start without one that is `required`. Of ours its helper and
@@ -157,6 +164,34 @@ impl<'a> Client<'a> {
             let value = value.trim().trim_matches('"');
             (key.trim().eq_ignore_ascii_case(name) && !value.is_empty()).then_some(value)
         })
+    }
+}
+
+/// Links to files of the node's, and the folders they lie in.
+#[derive(Default)]
+struct Farm {
+    binds: Vec<Bind>,
+    links: Vec<Link>,
+}
+
+impl Farm {
+    fn link(&mut self, path: &Path, replace: bool) {
+        let below = |path: &Path| Path::new(FARM).join(path.strip_prefix("/").unwrap_or(path));
+        let Some(folder) = path.parent().filter(|_| path.exists()) else {
+            return;
+        };
+        if !self.binds.iter().any(|bind| bind.source == folder) {
+            self.binds.push(Bind {
+                target: below(folder),
+                read_only: true,
+                ..own_path("Slurm's client", folder, Kind::Ordinary, IfAbsent::SkipAny)
+            });
+        }
+        self.links.push(Link {
+            path: path.to_owned(),
+            to: below(path),
+            replace,
+        });
     }
 }
 

@@ -26,6 +26,17 @@ pub struct Bind {
     pub if_absent: IfAbsent,
 }
 
+/// A symbolic link in the container's own layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// Absolute, in the image.
+    pub path: PathBuf,
+    /// Where it leads.
+    pub to: PathBuf,
+    /// Made also where the image has something of that name.
+    pub replace: bool,
+}
+
 /// What a bind may do and where it may go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {

@@ -26,7 +26,7 @@ use bind::OpenBind;
 use error::step;
 use place::{Atlas, Spot};
 
-pub use bind::{Bind, IfAbsent, Kind};
+pub use bind::{Bind, IfAbsent, Kind, Link};
 pub use error::ViewError;
 
 /// All that decides how a view looks.
@@ -36,6 +36,8 @@ pub struct ViewSpec {
     pub account: Account,
     /// What is bound into the image, in order: a later one covers an earlier one.
     pub binds: Vec<Bind>,
+    /// Symbolic links of the container's own. None is made at or below a bind.
+    pub links: Vec<Link>,
     /// Bytes that may be written into the image's own tree, in memory; `None` for a read-only view.
     pub writable_bytes: Option<u64>,
     /// Where the user asked to be. It is an error when it is not there.
@@ -76,6 +78,9 @@ pub fn build(
         if let Some(spot) = atlas.place(&open)? {
             binds.push((open, spot));
         }
+    }
+    for link in &spec.links {
+        atlas.link(link);
     }
     let files = generated::files(spec, &atlas, image.as_fd(), &mut opener)?;
     let trees = bind::clone_trees(&binds)?;

@@ -15,7 +15,7 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{FileType, OFlags, RawDir, fstat, readlinkat};
 use rustix::io::Errno;
 
-use super::bind::{Kind, OpenBind};
+use super::bind::{Kind, Link, OpenBind};
 use super::error::at;
 use super::{ViewError, inside};
 
@@ -34,10 +34,11 @@ pub(super) enum Spot {
 }
 
 /// What must be made because the image lacks it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Missing {
     Folder,
     File,
+    Link(PathBuf),
 }
 
 /// The image and what is planned on it.
@@ -132,6 +133,22 @@ impl<'a> Atlas<'a> {
         }
         self.planned.push(path.clone());
         Ok(Some(Spot::At(path)))
+    }
+
+    /// Plans a link, unless it would lie at or below a bind, or the image has no folder for it, or has a thing of that
+    /// name which is to stay.
+    pub(super) fn link(&mut self, link: &Link) {
+        let (Some(folder), Some(name)) = (link.path.parent(), link.path.file_name()) else {
+            return;
+        };
+        let path = match self.walk(folder, true) {
+            Ok(Walk::Found(path, FileType::Directory) | Walk::Absent(path)) => path.join(name),
+            _ => return,
+        };
+        let stays = || !link.replace && !matches!(self.look(&path), Ok(Thing::Nothing));
+        if !self.planned.contains(&path) && !stays() {
+            self.missing.insert(path, Missing::Link(link.to.clone()));
+        }
     }
 
     /// Follows `target` inside the image. With `follow` false a symbolic link anywhere is an end.

@@ -8,7 +8,9 @@ use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid, chmodat, chownat, fstat, mkdirat, openat};
+use rustix::fs::{
+    AtFlags, Gid, Mode, OFlags, Uid, chmodat, chownat, fstat, mkdirat, openat, symlinkat,
+};
 use rustix::io::Errno;
 
 use super::error::at;
@@ -35,8 +37,12 @@ pub(super) fn make(
         make_folder(layer, image, path)?;
     }
     for (path, kind) in missing {
-        if *kind == Missing::File {
-            make_file(layer, path, b"")?;
+        match kind {
+            Missing::Folder => {}
+            Missing::File => make_file(layer, path, b"")?,
+            Missing::Link(to) => {
+                symlinkat(to, layer, path).map_err(at("make the link", path))?;
+            }
         }
     }
     for file in files {
