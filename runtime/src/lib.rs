@@ -32,14 +32,17 @@ pub use user::{Account, User};
 
 /// `berth-runtime step`: serves the step whose plugin holds the other end of descriptor 3.
 pub fn step() -> ExitCode {
-    let served = sys::inherited(3).and_then(|socket| step::run(channel::Channel::from_fd(socket)));
+    let served = sys::inherited(3).and_then(|socket| {
+        user::be_root_alone()?;
+        step::run(channel::Channel::from_fd(socket))
+    });
     match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let why = text::plain(&error);
             let refusal = refusal::Refusal::new(
                 refusal::code::INTERNAL,
-                format!("descriptor 3 is not the socket of Slurm's plugin: {why}"),
+                format!("cannot serve the step of Slurm's plugin at descriptor 3: {why}"),
             );
             let text = refusal
                 .hint("the plugin starts this; people use `berth`")

@@ -26,6 +26,13 @@ pub struct Account {
     pub others: Vec<(String, u32, u32)>,
 }
 
+/// Lets go of the groups that slurmstepd has, which are the user's: what is made here belongs to root.
+pub(crate) fn be_root_alone() -> io::Result<()> {
+    rustix::thread::set_thread_groups(&[])?;
+    rustix::thread::set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT)?;
+    Ok(())
+}
+
 impl User {
     /// Turns this process wholly into the user: no identity, capability or group of root's is left, none can come
     /// back, and the user cannot trace it. There is no way back.
