@@ -180,7 +180,10 @@ impl Registry {
                 }
                 Ok(Err(e)) if e.is_connect() => {
                     return Err(RegistryError::Unreachable {
-                        host: url.host_str().unwrap_or(&self.host).into(),
+                        host: match url.host_str() {
+                            Some(other) if !same_origin(&url, &first) => other.into(),
+                            _ => self.host.clone(),
+                        },
                         why: cause(&e),
                     });
                 }
@@ -229,10 +232,30 @@ impl Registry {
                 status: code,
                 credential: self.auth.credential.to_string(),
             },
-            404 => RegistryError::NotFound {
-                host: self.host.clone(),
-                what: format!("{}/{}", call.repository, call.path),
-            },
+            404 => {
+                let (host, repository) = (self.host.clone(), call.repository);
+                match call.path.split_once('/') {
+                    Some(("manifests", digest)) if digest.contains(':') => {
+                        RegistryError::NotFound {
+                            host,
+                            what: format!("{repository}@{digest}"),
+                        }
+                    }
+                    Some(("manifests", tag)) => RegistryError::NotFound {
+                        host,
+                        what: format!("{repository}:{tag}"),
+                    },
+                    Some(("blobs", blob)) => RegistryError::NoBlob {
+                        host,
+                        repository: repository.into(),
+                        blob: blob.into(),
+                    },
+                    _ => RegistryError::NotFound {
+                        host,
+                        what: format!("{repository}/{}", call.path),
+                    },
+                }
+            }
             code => RegistryError::Status {
                 host: self.host.clone(),
                 method: call.method.to_string(),

@@ -27,6 +27,12 @@ pub enum RegistryError {
     },
     #[error("registry `{host}` has no {what}")]
     NotFound { host: String, what: String },
+    #[error("registry `{host}` has the image's manifest and not its blob {blob} ({repository})")]
+    NoBlob {
+        host: String,
+        repository: String,
+        blob: String,
+    },
     #[error("nothing came from {url} for {} seconds", .after.as_secs())]
     Stalled { url: String, after: Duration },
     #[error("the answer from {url} broke off: {why}")]
@@ -78,7 +84,7 @@ impl RegistryError {
             | Self::Protocol { .. }
             | Self::TooLarge { .. } => ErrorKind::UpstreamUnavailable,
             Self::Refused { .. } => ErrorKind::Unauthorized,
-            Self::NotFound { .. } => ErrorKind::UnknownImage,
+            Self::NotFound { .. } | Self::NoBlob { .. } => ErrorKind::UnknownImage,
             Self::Digest { .. } | Self::Size { .. } => ErrorKind::DigestMismatch,
             Self::SetUp { .. } => ErrorKind::Internal,
         }
@@ -93,6 +99,7 @@ impl RegistryError {
                 "it may not exist or be private: ask the site for credentials, [registry.\"{host}\"] credentials = FILE"
             ),
             Self::NotFound { .. } => "check the spelling of repository and tag".into(),
+            Self::NoBlob { .. } => "the image is incomplete in the registry: push it again".into(),
             Self::Status { status: 429, .. } => {
                 "the registry limits requests: try later, or give the daemon credentials".into()
             }
