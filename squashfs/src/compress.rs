@@ -8,6 +8,9 @@ use std::fmt;
 
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 
+/// How a zstd frame begins (RFC 8878, 3.1.1).
+const ZSTD_MAGIC: [u8; 4] = 0xFD2F_B528_u32.to_le_bytes();
+
 /// A compressor, by its number in the superblock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u16)]
@@ -222,19 +225,31 @@ impl Decompressor {
         }
     }
 
-    /// Decompresses one whole block into `out` and returns its length. A block that does not end, or
-    /// that does not fit into `out`, is an error, and `out` then holds anything.
+    /// Decompresses one whole block into `out` and returns its length. A block that does not end, that does not fit
+    /// into `out`, or behind whose end something follows is an error, and `out` then holds anything.
+    ///
+    /// The last matters for safety: the kernel stops at the end of the first zstd frame or zlib stream, libzstd goes on
+    /// with the next. What was checked must be what the kernel sees.
     pub fn decompress(&mut self, block: &[u8], out: &mut [u8]) -> Result<usize, CompressError> {
         let corrupt = CompressError::Corrupt {
             compression: self.compression(),
             limit: out.len(),
         };
         match &mut self.0 {
-            Reverse::Zstd(zstd) => zstd.decompress_to_buffer(block, out).map_err(|_| corrupt),
+            Reverse::Zstd(zstd) => {
+                if !block.starts_with(&ZSTD_MAGIC)
+                    || zstd::zstd_safe::find_frame_compressed_size(block) != Ok(block.len())
+                {
+                    return Err(corrupt);
+                }
+                zstd.decompress_to_buffer(block, out).map_err(|_| corrupt)
+            }
             Reverse::Gzip(zlib) => {
                 zlib.reset(true);
                 match zlib.decompress(block, out, FlushDecompress::Finish) {
-                    Ok(Status::StreamEnd) => Ok(zlib.total_out() as usize),
+                    Ok(Status::StreamEnd) if zlib.total_in() as usize == block.len() => {
+                        Ok(zlib.total_out() as usize)
+                    }
                     _ => Err(corrupt),
                 }
             }
@@ -281,6 +296,26 @@ mod tests {
                 assert!(d.decompress(&packed[..packed.len() - 1], &mut out).is_err());
             }
         }
+    }
+
+    #[test]
+    fn nothing_may_follow_a_block() {
+        for compression in [Compression::Zstd, Compression::Gzip] {
+            let mut c = Compressor::new(compression, 3).unwrap();
+            let mut d = Decompressor::new(compression).unwrap();
+            let mut packed = Vec::new();
+            assert!(c.compress(&text(4096), &mut packed).unwrap());
+            let mut out = vec![0; 16_384];
+            assert!(d.decompress(&packed, &mut out).is_ok());
+            let twice = [packed.as_slice(), packed.as_slice()].concat();
+            assert!(d.decompress(&twice, &mut out).is_err(), "{compression}");
+            let more = [packed.as_slice(), b"x"].concat();
+            assert!(d.decompress(&more, &mut out).is_err(), "{compression}");
+        }
+        // A skippable frame (RFC 8878, 3.1.2) is no block.
+        let skippable = [0x50, 0x2a, 0x4d, 0x18, 1, 0, 0, 0, 0];
+        let mut zstd = Decompressor::new(Compression::Zstd).unwrap();
+        assert!(zstd.decompress(&skippable, &mut [0; 64]).is_err());
     }
 
     #[test]

@@ -24,15 +24,26 @@ pub(super) fn check<S: ReadAt>(
     }
     let mut entries = 0;
     let mut listings = Vec::with_capacity(table.folders as usize);
+    let mut parents = Vec::with_capacity(table.folders as usize);
     for number in 1..=count {
         if table.is_folder(number) {
             let folder = reader
                 .inode(table.reference(number))
                 .within(|| format!("inode {number}"))?;
+            let dir = folder.as_dir().within(|| format!("inode {number}"))?;
+            parents.push((number, dir.parent));
             entries += check_folder(reader, layout, &folder, table, &mut listings)?;
         }
     }
     check_listings(layout, listings)?;
+    for (number, parent) in parents {
+        if number != root.number && table.links[number as usize - 1] != parent {
+            return Err(CheckError::broken(
+                format!("folder {number}"),
+                "its parent is not the folder that names it",
+            ));
+        }
+    }
     if table.links[root.number as usize - 1] != 0 {
         return Err(CheckError::broken(
             "root folder",

@@ -312,12 +312,19 @@ impl Inode {
     }
 
     /// Reads head and body and the type they were stored as; the tail begins at
-    /// [`InodeType::fixed_len`] of that type. Mode bits beyond `0o7777` are dropped.
+    /// [`InodeType::fixed_len`] of that type. Mode bits beyond `0o7777` are refused: the kernel takes
+    /// them into the file's type.
     pub fn decode(bytes: &[u8]) -> Result<(Self, InodeType), FormatError> {
         let kind = Self::peek_type(bytes)?;
         let mut f = Fields::new("inode", bytes, kind.fixed_len())?;
         f.take(2)?;
-        let (mode, uid_index, gid_index) = (f.u16()? & 0o7777, f.u16()?, f.u16()?);
+        let (mode, uid_index, gid_index) = (f.u16()?, f.u16()?, f.u16()?);
+        if mode & !0o7777 != 0 {
+            return Err(FormatError::Value {
+                what: "inode mode",
+                value: u64::from(mode),
+            });
+        }
         let (mtime, number) = (f.u32()?, f.u32()?);
         let xattr = |f: &mut Fields<'_>| {
             if kind.is_extended() {
