@@ -18,7 +18,7 @@ use crate::paths::{MAX_DEPTH, PathError, PathId, Paths};
 
 /// Most symlinks followed for one path: the kernel's limit.
 const MAX_LINKS: usize = 40;
-/// Names looked up while following symlinks, for the whole image: this, and so many more for each header.
+/// Names met while following symlinks, looked up or not, for the whole image: this, and so many more for each header.
 const STEPS: u64 = 10_000_000;
 const STEPS_A_HEADER: u64 = 64;
 
@@ -110,13 +110,18 @@ impl Merged {
 
 /// Applies all layers. New places may be named on the way, because symlinks lead there.
 pub fn merge(entries: &mut Entries) -> Result<Merged, Misfit> {
+    let steps = STEPS + STEPS_A_HEADER * entries.headers.len() as u64;
+    merge_within(entries, steps)
+}
+
+fn merge_within(entries: &mut Entries, steps: u64) -> Result<Merged, Misfit> {
     let headers = entries.headers.len();
     let mut merger = Merger {
         places: vec![Place::default(); entries.paths.len()],
         linked: vec![false; headers],
         removed: HashMap::new(),
         keep_removed: false,
-        steps: STEPS + STEPS_A_HEADER * headers as u64,
+        steps,
         entries,
     };
     merger.places[0].made = IMPLIED;
@@ -278,10 +283,10 @@ impl Merger<'_> {
     /// Follows the names down to `path`, through symlinks, never out of the root.
     fn resolve(&mut self, path: PathId, missing: Missing) -> Result<Option<PathId>, MergeError> {
         let mut ahead = self.entries.paths.names_to(path);
+        spend(&mut self.steps, ahead.len())?;
         ahead.reverse();
         let (mut at, mut depth, mut links) = (PathId::ROOT, 0, 0);
         while let Some(name) = ahead.pop() {
-            self.steps = self.steps.checked_sub(1).ok_or(MergeError::Work)?;
             match &name[..] {
                 b"" | b"." => continue,
                 b".." => {
@@ -311,6 +316,9 @@ impl Merger<'_> {
                     if target.starts_with(b"/") {
                         (at, depth) = (PathId::ROOT, 0);
                     }
+                    // Counted here and not where they are taken: the way may end before it comes to them.
+                    let slashes = target.iter().filter(|b| **b == b'/').count();
+                    spend(&mut self.steps, slashes + 1)?;
                     ahead.extend(target.rsplit(|b| *b == b'/').map(<[u8]>::to_vec));
                 }
                 _ if self.is_dir(place) => {
@@ -413,6 +421,12 @@ impl Merger<'_> {
     }
 }
 
+/// Takes `names` off the budget.
+fn spend(steps: &mut u64, names: usize) -> Result<(), MergeError> {
+    *steps = steps.checked_sub(names as u64).ok_or(MergeError::Work)?;
+    Ok(())
+}
+
 /// What to do where the way does not go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Missing {
@@ -426,3 +440,6 @@ enum Missing {
 pub fn full_name(paths: &Paths, path: PathId) -> Vec<u8> {
     paths.names_to(path).join(&b'/')
 }
+
+#[cfg(test)]
+mod tests;
