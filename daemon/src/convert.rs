@@ -18,7 +18,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::admit::admit;
 use crate::catalogue::{Catalogue, ImageRow};
-use crate::fetch::{FetchError, Fetcher, Want, feed};
+use crate::fetch::{Blob, FetchError, Fetcher, Want, feed};
 use crate::flight::Flights;
 use crate::metrics::Metrics;
 use crate::resolve::manifest::{Descriptor, Manifest, ManifestError};
@@ -73,6 +73,8 @@ enum Attempt {
     Sealer(ErrorBody),
     /// What an earlier run left in the spool was no good.
     Spool(ErrorBody),
+    /// What another source was sending was no good.
+    Stranger(ErrorBody),
     Final(ErrorBody),
 }
 
@@ -170,17 +172,28 @@ impl Inner {
     ) -> Result<ImageRow, ErrorBody> {
         let (manifest, platform) = (&resolution.manifest, &resolution.platform);
         let mut tried = 0;
+        let mut alone = false;
         loop {
             tried += 1;
             if let Some(image) = self.catalogue.image(manifest, platform).await? {
                 return Ok(image);
             }
-            match self.attempt(resolution, news).await {
+            match self.attempt(resolution, alone, news).await {
                 Ok(image) => return Ok(image),
-                Err(Attempt::Sealer(e) | Attempt::Spool(e)) if tried < TRIES => {
+                Err(Attempt::Sealer(e)) if tried < TRIES => {
                     tracing::warn!(digest = %manifest, error = %e, "begun again");
                 }
-                Err(Attempt::Sealer(e) | Attempt::Spool(e) | Attempt::Final(e)) => return Err(e),
+                Err(Attempt::Spool(e) | Attempt::Stranger(e)) if tried < TRIES => {
+                    // Whoever spoiled it cannot do so again.
+                    alone = true;
+                    tracing::warn!(digest = %manifest, error = %e, "begun again");
+                }
+                Err(
+                    Attempt::Sealer(e)
+                    | Attempt::Spool(e)
+                    | Attempt::Stranger(e)
+                    | Attempt::Final(e),
+                ) => return Err(e),
             }
         }
     }
@@ -188,6 +201,7 @@ impl Inner {
     async fn attempt(
         &self,
         resolution: &Resolution,
+        alone: bool,
         news: &watch::Sender<Progress>,
     ) -> Result<ImageRow, Attempt> {
         let reference = &resolution.reference;
@@ -197,11 +211,11 @@ impl Inner {
             .await?;
         manifest.check(self.max_bytes)?;
         let admission = admit(resolution, &manifest);
-        let config = self.config(resolution, &manifest).await?;
+        let config = self.config(resolution, &manifest, alone).await?;
         // From the top down: transfers start in the order in which they are asked for.
         let mut blobs = Vec::new();
         for layer in manifest.layers.iter().rev() {
-            blobs.push(self.fetch(resolution, layer)?);
+            blobs.push(self.fetch(resolution, layer, alone)?);
         }
         blobs.reverse();
         news.send_modify(|p| p.total = manifest.layer_bytes());
@@ -236,6 +250,7 @@ impl Inner {
         &self,
         resolution: &Resolution,
         manifest: &Manifest,
+        alone: bool,
     ) -> Result<String, Attempt> {
         #[derive(Deserialize)]
         struct For {
@@ -246,8 +261,9 @@ impl Inner {
             #[serde(default)]
             variant: Option<String>,
         }
-        let (blob, want) = self.fetch(resolution, &manifest.config)?;
-        let file = blob.wait().await.map_err(fetch_failed)?;
+        let (blob, want) = self.fetch(resolution, &manifest.config, alone)?;
+        let file = blob.wait().await;
+        let file = file.map_err(|e| fetch_failed(&blob, &want, e))?;
         let blobs = [(blob.clone(), want)];
         rights::check(&self.catalogue, &self.fetcher, &blobs).await?;
         let size = blob.size as usize;
@@ -280,14 +296,19 @@ impl Inner {
         Ok(text(bytes, "configuration")?)
     }
 
-    fn fetch(&self, resolution: &Resolution, descriptor: &Descriptor) -> Result<Wanted, ErrorBody> {
+    fn fetch(
+        &self,
+        resolution: &Resolution,
+        descriptor: &Descriptor,
+        alone: bool,
+    ) -> Result<Wanted, ErrorBody> {
         let want = Want {
             registry: resolution.reference.registry().into(),
             repository: resolution.reference.repository().into(),
             digest: descriptor.digest,
             size: descriptor.size,
         };
-        let blob = self.fetcher.ensure(want.clone());
+        let blob = self.fetcher.ensure(want.clone(), alone);
         let blob = blob.map_err(|e| internal(format!("cannot use the spool: {e}")))?;
         Ok((blob, want))
     }
@@ -303,10 +324,13 @@ impl Inner {
         // Dropped after `answer`, whatever ends this: the connection closes first, because an end of file on a pipe
         // says that the layer is whole.
         let mut feeders = FuturesUnordered::new();
-        for (blob, _) in blobs {
+        for (blob, want) in blobs {
             let (reader, writer) = new_pipe().map_err(|e| internal(format!("no pipe: {e}")))?;
             readers.push(reader);
-            feeders.push(feed(blob.clone(), writer));
+            feeders.push(async move {
+                let fed = feed(blob.clone(), writer).await;
+                fed.map_err(|failed| (failed.pipe, fetch_failed(blob, want, failed.error)))
+            });
         }
         news.send_modify(|p| p.converting = true);
         let progress = |p: crate::seal::protocol::Progress| {
@@ -317,10 +341,10 @@ impl Inner {
             tokio::select! {
                 answer = &mut answer => break answer,
                 Some(fed) = feeders.next() => {
-                    if let Err(failed) = fed {
+                    if let Err((pipe, failed)) = fed {
                         drop(answer);
-                        drop(failed.pipe);
-                        return Err(fetch_failed(failed.error));
+                        drop(pipe);
+                        return Err(failed);
                     }
                 }
             }
@@ -365,8 +389,11 @@ fn new_pipe() -> std::io::Result<(OwnedFd, OwnedFd)> {
     Ok((reader, writer))
 }
 
-fn fetch_failed(e: FetchError) -> Attempt {
+fn fetch_failed(blob: &Blob, want: &Want, e: FetchError) -> Attempt {
     match e {
+        FetchError::Spool { .. } => Attempt::Final(e.into()),
+        FetchError::Size { .. } => Attempt::Stranger(e.into()),
+        e if !blob.comes_from(want) => Attempt::Stranger(e.into()),
         FetchError::Digest { resumed: true, .. } => Attempt::Spool(e.into()),
         e => Attempt::Final(e.into()),
     }

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::Want;
-use super::spool::{Part, Spool};
+use super::spool::{Lane, Part, Spool};
 use crate::registry::RegistryError;
 
 /// Pieces that the network may be ahead of the disk.
@@ -36,6 +36,12 @@ pub enum FetchError {
         digest: Digest,
         source: Arc<io::Error>,
     },
+    #[error("the manifest says {expected} bytes of blob {digest}, there are {found}")]
+    Size {
+        digest: Digest,
+        expected: u64,
+        found: u64,
+    },
     #[error("the transfer of blob {0} was given up")]
     Cancelled(Digest),
 }
@@ -53,6 +59,7 @@ impl From<FetchError> for ErrorBody {
                 ErrorKind::DiskFull,
                 Some("free space below [daemon] state_dir, or lower spool_bytes".into()),
             ),
+            FetchError::Size { .. } => (ErrorKind::DigestMismatch, None),
             FetchError::Spool { .. } | FetchError::Cancelled(_) => (ErrorKind::Internal, None),
         };
         Self {
@@ -181,7 +188,7 @@ impl Writer {
     /// Opens the part (hashing what is there already) and starts writing. Returns how many bytes were there.
     pub(super) async fn start(
         spool: Spool,
-        digest: Digest,
+        (digest, lane): (Digest, Lane),
         size: u64,
         frontier: watch::Sender<Frontier>,
     ) -> Result<(Self, u64), FetchError> {
@@ -189,9 +196,16 @@ impl Writer {
             digest,
             source: Arc::new(e),
         };
-        let open = tokio::task::spawn_blocking(move || spool.part(&digest, size));
+        let open = tokio::task::spawn_blocking(move || match spool.settle(&digest, size)? {
+            Some(found) => Ok(Err(found)),
+            None => spool.part(&digest, &lane, size),
+        });
         let part = open.await.map_err(|_| FetchError::Cancelled(digest))?;
-        let part = part.map_err(failed)?;
+        let part = part.map_err(failed)?.map_err(|found| FetchError::Size {
+            digest,
+            expected: size,
+            found,
+        })?;
         let there = part.length;
         let reader = part.file.try_clone().map_err(failed)?;
         frontier.send_modify(|f| {

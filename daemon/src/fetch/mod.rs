@@ -1,14 +1,15 @@
 //! Stage three: blobs into the spool, each over the wide link once.
 //!
 //! One transfer per digest is in flight, whoever asks and under whatever name. It is nobody's child: it ends when it
-//! is done or when nobody holds its [`Blob`] any more. Transfers start in the order in which they were asked for, at
+//! is done or when nobody holds its [`Blob`] any more. Who
+//! joined another source's transfer and saw it fail may fetch the blob anew from its own source alone. Transfers start in the order in which they were asked for, at
 //! most `parallel_fetches` at a time.
 
 mod blob;
 mod feed;
 mod spool;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -24,6 +25,7 @@ pub use spool::Spool;
 use crate::metrics::Metrics;
 use crate::registry::{Registries, RegistryError, retry};
 use blob::Writer;
+use spool::{Held, Lane};
 
 /// A try that brings so many bytes was not in vain and is not counted, so that a huge blob over a link that breaks
 /// now and then arrives, while one that never gets anywhere fails after `fetch_attempts`.
@@ -53,7 +55,7 @@ struct Inner {
     attempts: u32,
     limit: u64,
     metrics: Arc<Metrics>,
-    live: Mutex<HashMap<Digest, Live>>,
+    live: Mutex<HashMap<(Digest, Lane), Live>>,
 }
 
 #[derive(Debug)]
@@ -83,29 +85,34 @@ impl Fetcher {
     }
 
     /// The blob, from the spool, from a transfer in flight, or from a new one, which takes its place in the queue
-    /// before this returns.
-    pub fn ensure(&self, want: Want) -> io::Result<Arc<Blob>> {
+    /// before this returns. With `alone`, only what `want`'s own source sends counts beside whole blobs.
+    pub fn ensure(&self, want: Want, alone: bool) -> io::Result<Arc<Blob>> {
         let inner = &self.inner;
         let mut live = inner.live.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(blob) = live.get(&want.digest).and_then(|l| l.blob.upgrade())
+        let lane = match alone {
+            true => Lane::of(&format!("{}/{}", want.registry, want.repository)),
+            false => Lane::default(),
+        };
+        let key = (want.digest, lane.clone());
+        if let Some(blob) = live.get(&key).and_then(|l| l.blob.upgrade())
             && !blob.has_failed()
             && blob.size == want.size
         {
             return Ok(blob);
         }
         let (digest, size) = (want.digest, want.size);
-        let writing = live.get(&digest).map(|l| l.writing.clone());
+        let writing = live.get(&key).map(|l| l.writing.clone());
         let writing = writing.unwrap_or_default();
         let blob = match inner.spool.whole(&digest, size)? {
-            Some(file) => Arc::new(Blob::whole(digest, size, file)),
-            None => {
+            Held::Whole(file) => Arc::new(Blob::whole(digest, size, file)),
+            Held::Nothing | Held::OtherSize => {
                 let (tx, rx) = watch::channel(Frontier::default());
                 let cancel = CancellationToken::new();
                 let blob = Arc::new(Blob::coming(want.clone(), rx, cancel.clone()));
                 let (inner, writing) = (inner.clone(), writing.clone());
                 let slot = queue(&inner.slots);
                 tokio::spawn(async move {
-                    let transfer = inner.transfer(&want, slot, &writing, &tx, &cancel);
+                    let transfer = inner.transfer((&want, lane), slot, &writing, &tx, &cancel);
                     let state = match transfer.await {
                         Ok(()) => State::Whole,
                         Err(e) => State::Failed(e),
@@ -121,7 +128,7 @@ impl Fetcher {
             blob: Arc::downgrade(&blob),
             writing,
         };
-        live.insert(digest, entry);
+        live.insert(key, entry);
         Ok(blob)
     }
 
@@ -142,10 +149,8 @@ impl Fetcher {
             }
         }
         let mut live = (self.inner.live.lock()).unwrap_or_else(PoisonError::into_inner);
-        for digest in digests {
-            if let Some(l) = live.get_mut(digest) {
-                l.blob = Weak::new();
-            }
+        for (_, l) in live.iter_mut().filter(|(k, _)| digests.contains(&k.0)) {
+            l.blob = Weak::new();
         }
     }
 
@@ -176,7 +181,7 @@ fn queue(slots: &Arc<Semaphore>) -> impl Future<Output = Option<OwnedSemaphorePe
 impl Inner {
     async fn transfer(
         &self,
-        want: &Want,
+        (want, lane): (&Want, Lane),
         slot: impl Future<Output = Option<OwnedSemaphorePermit>>,
         writing: &tokio::sync::Mutex<()>,
         frontier: &watch::Sender<Frontier>,
@@ -189,7 +194,8 @@ impl Inner {
         };
         let _writing = writing.lock().await;
         let (spool, tx) = (self.spool.clone(), frontier.clone());
-        let (writer, there) = Writer::start(spool, want.digest, want.size, tx).await?;
+        let (writer, there) =
+            Writer::start(spool, (want.digest, lane.clone()), want.size, tx).await?;
         // The writer is always waited for: nobody else may open the part before it has stopped.
         let mut url = String::new();
         let received = tokio::select! {
@@ -199,7 +205,9 @@ impl Inner {
         let written = writer.finish(want.digest).await?;
         received?;
         if written.found != want.digest {
-            self.remove(&want.digest);
+            if let Err(e) = self.spool.remove_part(&want.digest, &lane) {
+                tracing::error!(digest = %want.digest, error = %e, "cannot remove a part from the spool");
+            }
             return Err(FetchError::Digest {
                 url,
                 expected: want.digest,
@@ -208,7 +216,7 @@ impl Inner {
             });
         }
         self.spool
-            .finish(&want.digest)
+            .finish(&want.digest, &lane)
             .map_err(|e| FetchError::Spool {
                 digest: want.digest,
                 source: Arc::new(e),
@@ -260,15 +268,11 @@ impl Inner {
         Ok(())
     }
 
-    fn remove(&self, digest: &Digest) {
-        if let Err(e) = self.spool.remove(digest) {
-            tracing::error!(%digest, error = %e, "cannot remove a blob from the spool");
-        }
-    }
-
     fn trim(&self) {
         let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        let in_use = |d: &Digest| live.get(d).is_some_and(|l| l.blob.strong_count() > 0);
+        let used = live.iter().filter(|(_, l)| l.blob.strong_count() > 0);
+        let used: HashSet<Digest> = used.map(|(k, _)| k.0).collect();
+        let in_use = |d: &Digest| used.contains(d);
         let result = self.spool.files().and_then(|mut files| {
             let mut total: u64 = files.iter().map(|f| f.size).sum();
             files.sort_by_key(|f| f.used_at);

@@ -1,8 +1,9 @@
-//! The spool on disk: `spool/sha256/<hex>` for whole blobs, `<hex>.part` for those on their way.
+//! The spool on disk: `spool/sha256/<hex>` for whole blobs, `<hex>.part` for those on their way, and
+//! `<hex>.<source>.part` for what one source alone sends.
 //!
 //! Invariant: a file without `.part` had its digest when it was renamed. It is not synced: after a power failure it
 //! may be short, so its size is compared at every use, and the converter compares every layer's content with the
-//! image's configuration anyway.
+//! image's configuration anyway. What a manifest says of a size is a stranger's word: it never removes good bytes.
 
 use std::fs::{File, FileTimes, OpenOptions};
 use std::io::{self, Read as _};
@@ -19,6 +20,26 @@ const READ_SIZE: usize = 1 << 20;
 #[derive(Debug, Clone)]
 pub struct Spool {
     dir: PathBuf,
+}
+
+/// Whose bytes a part holds: by default whoever's, so that one transfer serves all; or one source's alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Lane(Option<String>);
+
+impl Lane {
+    /// The lane of one source.
+    pub fn of(source: &str) -> Self {
+        Self(Some(Digest::of(source.as_bytes()).hex()[..16].to_owned()))
+    }
+}
+
+/// What is known of a blob without reading it.
+#[derive(Debug)]
+pub enum Held {
+    Nothing,
+    Whole(File),
+    /// A file of another size: a wrong manifest's, or one that a crash cut short.
+    OtherSize,
 }
 
 /// A blob on its way, being written.
@@ -50,68 +71,80 @@ impl Spool {
         self.dir.join(digest.hex())
     }
 
-    fn part_path(&self, digest: &Digest) -> PathBuf {
-        self.dir.join(format!("{}.part", digest.hex()))
+    fn part_path(&self, digest: &Digest, lane: &Lane) -> PathBuf {
+        let lane = lane.0.as_ref().map(|l| format!(".{l}")).unwrap_or_default();
+        self.dir.join(format!("{}{lane}.part", digest.hex()))
     }
 
     /// The whole blob, if it is there. Marks it as used now.
-    pub fn whole(&self, digest: &Digest, size: u64) -> io::Result<Option<File>> {
+    pub fn whole(&self, digest: &Digest, size: u64) -> io::Result<Held> {
         let file = match File::open(self.path(digest)) {
             Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Held::Nothing),
             Err(e) => return Err(e),
         };
         if file.metadata()?.len() != size {
-            std::fs::remove_file(self.path(digest))?;
-            return Ok(None);
+            return Ok(Held::OtherSize);
         }
         file.set_times(FileTimes::new().set_modified(SystemTime::now()))?;
-        Ok(Some(file))
+        Ok(Held::Whole(file))
     }
 
-    /// Opens the blob's part, with what an earlier run left of it, hashed again. One longer than `size` is begun anew.
-    pub fn part(&self, digest: &Digest, size: u64) -> io::Result<Part> {
+    /// Makes room for a blob of `size`: a file of another size is read, and removed if it is damaged. If it is good,
+    /// it stays, and its size is returned: `size` is wrong.
+    pub fn settle(&self, digest: &Digest, size: u64) -> io::Result<Option<u64>> {
+        if !matches!(self.whole(digest, size)?, Held::OtherSize) {
+            return Ok(None);
+        }
+        let mut file = File::open(self.path(digest))?;
+        let (mut hasher, mut length) = (Sha256::new(), 0);
+        hash(&mut file, &mut hasher, &mut length)?;
+        if Digest::from_bytes(hasher.finalize().into()) == *digest {
+            return Ok(Some(length));
+        }
+        std::fs::remove_file(self.path(digest))?;
+        Ok(None)
+    }
+
+    /// Opens the blob's part, with what an earlier run left of it, hashed again; or tells its length when it is longer
+    /// than `size`. One source's own part that is too long is begun anew.
+    pub fn part(&self, digest: &Digest, lane: &Lane, size: u64) -> io::Result<Result<Part, u64>> {
         let mut file = OpenOptions::new()
             .read(true)
             .append(true)
             .create(true)
             .mode(0o600)
-            .open(self.part_path(digest))?;
-        if file.metadata()?.len() > size {
+            .open(self.part_path(digest, lane))?;
+        let found = file.metadata()?.len();
+        if found > size {
+            if lane == &Lane::default() {
+                return Ok(Err(found));
+            }
             file.set_len(0)?;
         }
         let (mut hasher, mut length) = (Sha256::new(), 0);
-        let mut buffer = vec![0; READ_SIZE];
-        loop {
-            match file.read(&mut buffer)? {
-                0 => break,
-                n => {
-                    hasher.update(&buffer[..n]);
-                    length += n as u64;
-                }
-            }
-        }
-        Ok(Part {
+        hash(&mut file, &mut hasher, &mut length)?;
+        Ok(Ok(Part {
             file,
             hasher,
             length,
-        })
+        }))
     }
 
     /// The part's content was found right: it becomes the blob.
-    pub fn finish(&self, digest: &Digest) -> io::Result<()> {
-        std::fs::rename(self.part_path(digest), self.path(digest))
+    pub fn finish(&self, digest: &Digest, lane: &Lane) -> io::Result<()> {
+        std::fs::rename(self.part_path(digest, lane), self.path(digest))
+    }
+
+    /// Removes a part.
+    pub fn remove_part(&self, digest: &Digest, lane: &Lane) -> io::Result<()> {
+        remove(&self.part_path(digest, lane))
     }
 
     /// Removes a blob and its part.
     pub fn remove(&self, digest: &Digest) -> io::Result<()> {
-        for path in [self.path(digest), self.part_path(digest)] {
-            match std::fs::remove_file(path) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
-        }
-        Ok(())
+        remove(&self.path(digest))?;
+        self.remove_part(digest, &Lane::default())
     }
 
     /// Everything in the spool, parts too. Files that are not the spool's are left alone.
@@ -120,7 +153,7 @@ impl Spool {
         for entry in std::fs::read_dir(&self.dir)? {
             let entry = entry?;
             let name = entry.file_name();
-            let hex = name.to_str().map(|n| n.strip_suffix(".part").unwrap_or(n));
+            let hex = name.to_str().and_then(|n| n.split('.').next());
             let digest = hex.and_then(|h| Digest::from_hex(h).ok());
             // A file that is removed meanwhile is no longer there to be counted.
             if let (Some(digest), Ok(facts)) = (digest, entry.metadata()) {
@@ -133,5 +166,54 @@ impl Spool {
             }
         }
         Ok(files)
+    }
+}
+
+fn hash(file: &mut File, hasher: &mut Sha256, length: &mut u64) -> io::Result<()> {
+    let mut buffer = vec![0; READ_SIZE];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(()),
+            n => {
+                hasher.update(&buffer[..n]);
+                *length += n as u64;
+            }
+        }
+    }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_size_removes_nothing_good() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = Spool::open(dir.path()).unwrap();
+        let (good, shared) = (Digest::of(b"good"), Lane::default());
+        std::fs::write(spool.path(&good), b"good").unwrap();
+        assert!(matches!(spool.whole(&good, 3).unwrap(), Held::OtherSize));
+        assert_eq!(spool.settle(&good, 3).unwrap(), Some(4));
+        assert!(matches!(spool.whole(&good, 4).unwrap(), Held::Whole(_)));
+        // What a crash cut short goes.
+        std::fs::write(spool.path(&good), b"goo").unwrap();
+        assert_eq!(spool.settle(&good, 4).unwrap(), None);
+        assert!(matches!(spool.whole(&good, 4).unwrap(), Held::Nothing));
+
+        std::fs::write(spool.part_path(&good, &shared), b"goo").unwrap();
+        assert_eq!(spool.part(&good, &shared, 2).unwrap().unwrap_err(), 3);
+        assert_eq!(spool.part(&good, &shared, 4).unwrap().unwrap().length, 3);
+        // A source's own part is its own.
+        let own = Lane::of("r/a");
+        std::fs::write(spool.part_path(&good, &own), b"gooood").unwrap();
+        assert_eq!(spool.part(&good, &own, 4).unwrap().unwrap().length, 0);
+        assert_eq!(spool.files().unwrap().len(), 2);
     }
 }

@@ -6,7 +6,7 @@ use berth_client::api::{ErrorKind, Job, PullState};
 
 use super::*;
 use crate::registry::testing::{Fault, TestRegistry};
-use crate::testbed::{SOON, Site, blob_gets, pull, reference};
+use crate::testbed::{SOON, Site, blob_gets, pull, reference, wait_file};
 
 fn noise(seed: u8, size: usize) -> Vec<u8> {
     let mut state = u32::from(seed) + 1;
@@ -130,6 +130,44 @@ async fn damaged_bytes_are_never_called_whole_and_the_next_pull_is_good() {
     assert_eq!(again.state, PullState::Ready, "{:?}", again.error);
     assert_eq!(site.counts.lied.load(Ordering::SeqCst), 0);
     assert_eq!(blob_gets(&registry)[&image.layers[1].to_string()], 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_sources_garbage_or_wrong_size_is_not_ones_own_failure() {
+    let site = Site::new("[daemon]\nfetch_attempts = 1\n");
+    let (evil, good) = (TestRegistry::start().await, TestRegistry::start().await);
+    let layer = noise(30, 200_000);
+    let bad = evil.push("e/e", "1", &[&layer, b"mine"]);
+    good.push("a/b", "1", &[&layer]);
+    let path = format!("/v2/e/e/blobs/{}", bad.layers[0]);
+    // The first half of something else, for as long as it likes.
+    let mut garbage = layer.clone();
+    garbage[0] ^= 1;
+    evil.put(&path, "application/octet-stream", garbage);
+    evil.fault(&path, [Fault::Hold]);
+    let app = site.daemon().await;
+    let (name, platform) = (reference(&evil.host(), "e/e:1"), Platform::host());
+    let first = app.pulls.start(&name, &platform, 7, false).await.unwrap();
+    wait_file(&site.spool(&bad.layers[0], ".part"), 100_000).await;
+    let name = reference(&good.host(), "a/b:1");
+    let second = app.pulls.start(&name, &platform, 8, false).await.unwrap();
+    let mut news = second.news();
+    let joined = news.wait_for(|p| p.bytes_fetched >= 100_000);
+    tokio::time::timeout(SOON, joined).await.unwrap().unwrap();
+    evil.release();
+    let ended = pull(&app, &name).await;
+    assert_eq!(ended.state, PullState::Ready, "{:?}", ended.error);
+    drop(first);
+    // A manifest that lies about the size of what is here.
+    let text = format!(
+        r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{}","size":7}},"layers":[]}}"#,
+        bad.layers[0]
+    );
+    evil.put_manifest("e/e", "2", "application/json", &text);
+    let (kind, _) = failure(&pull(&app, &reference(&evil.host(), "e/e:2")).await);
+    assert_eq!(kind, ErrorKind::DigestMismatch);
+    assert!(site.spool(&bad.layers[0], "").exists());
+    assert_eq!(site.counts.lied.load(Ordering::SeqCst), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
