@@ -1,6 +1,8 @@
 //! Reading one layer: headers are kept, contents go to the image or, when an upper layer seems to hide them, to the
 //! spill file. What is decided here only saves compression; [`crate::merge`] decides what is in the image.
 
+use std::collections::HashSet;
+
 use berth_squashfs::write::{FileHandle, Lane, WriteError, clamp_mtime};
 
 use crate::entries::{Entries, Flood, Header, What};
@@ -245,10 +247,16 @@ impl<'j> Scan<'j> {
 
     fn push(&mut self, entry: &Entry, path: PathId, what: What) -> Result<(), ScanError> {
         let dir = what == What::Dir;
-        let kept: Vec<_> = (entry.xattrs.iter())
+        let mut kept: Vec<_> = (entry.xattrs.iter())
             .filter(|(name, _)| self.policy.keeps(name))
             .cloned()
             .collect();
+        let own: HashSet<&[u8]> = entry.xattrs.iter().map(|(name, _)| &name[..]).collect();
+        kept.extend(
+            (entry.global_xattrs.iter())
+                .filter(|(name, _)| self.policy.keeps(name) && !own.contains(&name[..]))
+                .cloned(),
+        );
         if kept
             .iter()
             .any(|(n, v)| n.len() > 255 || v.len() > 65_536 || n.contains(&0))

@@ -285,6 +285,30 @@ fn bombs_and_floods() {
 }
 
 #[test]
+fn global_headers_hold_for_all_entries_but_do_not_pile_up() {
+    let global = |tar: Tar, i: usize, size: usize| {
+        let value = vec![b'v'; size];
+        let records = common::record(format!("SCHILY.xattr.user.g{i}").as_bytes(), &value);
+        let numbers = [0, 0, 0, records.len() as u64, 0];
+        let mut out = tar;
+        (out.0).extend_from_slice(&common::block(b'g', b"g", b"", numbers));
+        out.0.extend_from_slice(&records);
+        out.0.resize(out.0.len().next_multiple_of(512), 0);
+        out
+    };
+    // The same name again and again is one xattr.
+    let same = (0..40).fold(Tar::new(), |tar, _| global(tar, 0, 60_000).file("x", b""));
+    let own = head(b'0', "own").xattr("user.g0", b"mine");
+    let local = head(b'0', "x").xattr("user.g0", vec![b'v'; 60_000]);
+    assert_eq!(
+        done(&[same.add(own.clone()).end()]).verity_root,
+        done(&[Tar::new().add(local).add(own).end()]).verity_root,
+    );
+    let many = (0..40).fold(Tar::new(), |tar, i| global(tar, i, 60_000).file("x", b""));
+    corrupt(many.end(), None, "global extended headers");
+}
+
+#[test]
 fn the_last_of_several_wins_and_devices_are_noted() {
     let twice = Tar::new()
         .file("x", b"first")

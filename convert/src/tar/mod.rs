@@ -4,7 +4,7 @@
 //! Sources: POSIX.1-2017 "pax", GNU tar's manual ("Basic Tar Format", "Storing Sparse Files"); where they leave room,
 //! Go's `archive/tar` decides, because every container engine reads layers with it.
 //!
-//! Invariant: memory is bounded by [`MAX_EXTENSION`] for each kind of extended header and [`MAX_SEGMENTS`] for a
+//! Invariant: memory is bounded by [`MAX_EXTENSION`] for each kind of extended header, for all global ones together, and by [`MAX_SEGMENTS`] for a
 //! sparse map, whatever lengths a stream claims. Nothing here touches a file system.
 //!
 //! - `number`: octal and base-256 fields, pax times;
@@ -19,6 +19,7 @@ mod pax;
 mod reader;
 mod sparse;
 
+pub use pax::Xattrs;
 pub use reader::{Entry, EntryKind, Sink, TarReader};
 pub use sparse::MAX_SEGMENTS;
 
@@ -38,6 +39,8 @@ pub enum TarError {
     Number(&'static str),
     #[error("an extended header of {0} bytes (at most {MAX_EXTENSION} are allowed)")]
     ExtensionSize(u64),
+    #[error("global extended headers with xattrs of more than {MAX_EXTENSION} bytes in all")]
+    Globals,
     #[error("malformed pax record: {0}")]
     Pax(&'static str),
     #[error("malformed sparse file: {0}")]

@@ -1,11 +1,16 @@
 //! Pax extended records: `LENGTH KEY=VALUE\n`.
 
-use super::TarError;
 use super::number::{decimal, time};
 use super::sparse::{MAX_SEGMENTS, Segment};
+use super::{MAX_EXTENSION, TarError};
 
-/// Most xattrs of one entry. The kernel's list of names ends at 64 KiB.
+const XATTR: &[u8] = b"SCHILY.xattr.";
+/// Most xattrs that local headers give one entry, and that global ones give all. The kernel's list of names ends at 64
+/// KiB.
 const MAX_XATTRS: usize = 4096;
+
+/// Full names (`user.…`) and values.
+pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// What the records of one extended header say. An empty value takes an earlier one back (POSIX).
 #[derive(Debug, Clone, Default)]
@@ -16,8 +21,8 @@ pub(super) struct Pax {
     pub(super) uid: Option<u64>,
     pub(super) gid: Option<u64>,
     pub(super) mtime: Option<i64>,
-    /// Full name (`user.…`) and value, in order of appearance; a later one of the same name wins.
-    pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// In order of appearance; a later one of the same name wins.
+    pub(super) xattrs: Xattrs,
     pub(super) sparse: PaxSparse,
 }
 
@@ -44,13 +49,25 @@ impl Pax {
     }
 
     /// Adds the records of a global header, but only those that can be meant for more than one file: a name, a size
-    /// or a sparse map for all that follow is nonsense or malice.
-    pub(super) fn parse_global(&mut self, mut rest: &[u8]) -> Result<(), TarError> {
+    /// or a sparse map for all that follow is nonsense or malice. Xattrs go to `xattrs`, so that `self` is small and
+    /// can be cloned for each entry.
+    pub(super) fn parse_global(
+        &mut self,
+        xattrs: &mut Xattrs,
+        mut rest: &[u8],
+    ) -> Result<(), TarError> {
         while !rest.is_empty() {
             let (key, value) = record(&mut rest)?;
-            if !matches!(key, b"path" | b"linkpath" | b"size") && !key.starts_with(b"GNU.") {
+            if let Some(name) = key.strip_prefix(XATTR) {
+                set_xattr(xattrs, name, value)?;
+            } else if !matches!(key, b"path" | b"linkpath" | b"size") && !key.starts_with(b"GNU.") {
                 self.set(key, value)?;
             }
+        }
+        // One header is bounded; this is for many of them.
+        let held: usize = xattrs.iter().map(|(n, v)| n.len() + v.len()).sum();
+        if held as u64 > MAX_EXTENSION {
+            return Err(TarError::Globals);
         }
         Ok(())
     }
@@ -65,12 +82,8 @@ impl Pax {
             b"mtime" if value.is_empty() => self.mtime = None,
             b"mtime" => self.mtime = Some(time(value).ok_or(TarError::Pax("not a time"))?),
             _ => {
-                if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                    self.xattrs.retain(|(n, _)| n != name);
-                    if self.xattrs.len() == MAX_XATTRS {
-                        return Err(TarError::Pax("too many xattrs"));
-                    }
-                    self.xattrs.push((name.to_vec(), value.to_vec()));
+                if let Some(name) = key.strip_prefix(XATTR) {
+                    set_xattr(&mut self.xattrs, name, value)?;
                 } else if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
                     self.sparse.set(key, value)?;
                 }
@@ -78,6 +91,15 @@ impl Pax {
         }
         Ok(())
     }
+}
+
+fn set_xattr(xattrs: &mut Xattrs, name: &[u8], value: &[u8]) -> Result<(), TarError> {
+    xattrs.retain(|(n, _)| n != name);
+    if xattrs.len() == MAX_XATTRS {
+        return Err(TarError::Pax("too many xattrs"));
+    }
+    xattrs.push((name.to_vec(), value.to_vec()));
+    Ok(())
 }
 
 impl PaxSparse {

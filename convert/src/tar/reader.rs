@@ -1,9 +1,10 @@
 //! From a byte stream to entries.
 
 use std::io::{self, BufRead};
+use std::sync::Arc;
 
 use super::block::{Block, Dialect};
-use super::pax::Pax;
+use super::pax::{Pax, Xattrs};
 use super::sparse::{self, MAX_SEGMENTS, Segment};
 use super::{BLOCK, MAX_EXTENSION, TarError};
 
@@ -35,8 +36,10 @@ pub struct Entry {
     pub mtime: i64,
     /// Bytes of the file, holes included; 0 for everything else.
     pub size: u64,
-    /// Full names (`user.…`) and values.
-    pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Of its own extended headers.
+    pub xattrs: Xattrs,
+    /// Of global extended headers; one of `xattrs` with the same name hides one of these.
+    pub global_xattrs: Arc<Xattrs>,
 }
 
 /// Takes a file's contents in order.
@@ -51,7 +54,9 @@ pub trait Sink {
 #[derive(Debug)]
 pub struct TarReader<R> {
     input: R,
+    /// What global headers say, but xattrs.
     global: Pax,
+    global_xattrs: Arc<Xattrs>,
     /// Stored bytes of the entry in hand not read yet, and the zeros after them.
     left: u64,
     padding: u64,
@@ -65,6 +70,7 @@ impl<R: BufRead> TarReader<R> {
         Self {
             input,
             global: Pax::default(),
+            global_xattrs: Arc::default(),
             left: 0,
             padding: 0,
             map: None,
@@ -103,7 +109,8 @@ impl<R: BufRead> TarReader<R> {
                 }
                 b'g' => {
                     let records = self.extension(&block)?;
-                    self.global.parse_global(&records)?;
+                    let xattrs = Arc::make_mut(&mut self.global_xattrs);
+                    self.global.parse_global(xattrs, &records)?;
                     pax = self.global.clone();
                 }
                 b'L' => long_name = Some(until_nul(self.extension(&block)?)),
@@ -295,6 +302,7 @@ impl<R: BufRead> TarReader<R> {
             },
             size: self.size,
             xattrs: pax.xattrs,
+            global_xattrs: Arc::clone(&self.global_xattrs),
         })
     }
 
