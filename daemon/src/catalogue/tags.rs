@@ -123,17 +123,18 @@ impl Catalogue {
             .await?)
     }
 
-    /// What `job` was told first.
+    /// What `job` of the user `uid` was told first.
     pub async fn job_answer(
         &self,
-        job: &Job,
+        (uid, job): (u32, &Job),
         reference: &ImageRef,
         platform: &Platform,
     ) -> Result<Option<(Digest, Timestamp)>, CatalogueError> {
         let row = sqlx::query(
             "SELECT manifest, answered_at FROM job_answers \
-             WHERE cluster = $1 AND job = $2 AND reference = $3 AND platform = $4",
+             WHERE uid = $1 AND cluster = $2 AND job = $3 AND reference = $4 AND platform = $5",
         )
+        .bind(uid)
         .bind(&job.cluster)
         .bind(job.id)
         .bind(reference.to_string())
@@ -147,15 +148,16 @@ impl Catalogue {
     /// Remembers `manifest` for `job`, unless it was told something before; returns what counts.
     pub async fn keep_job_answer(
         &self,
-        job: &Job,
+        (uid, job): (u32, &Job),
         reference: &ImageRef,
         platform: &Platform,
         manifest: &Digest,
     ) -> Result<Digest, CatalogueError> {
         sqlx::query(
-            "INSERT INTO job_answers (cluster, job, reference, platform, manifest, answered_at) \
-             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
+            "INSERT INTO job_answers (uid, cluster, job, reference, platform, manifest, answered_at) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING",
         )
+        .bind(uid)
         .bind(&job.cluster)
         .bind(job.id)
         .bind(reference.to_string())
@@ -164,7 +166,7 @@ impl Catalogue {
         .bind(Timestamp::now().as_second())
         .execute(&self.pool)
         .await?;
-        let kept = self.job_answer(job, reference, platform).await?;
+        let kept = self.job_answer((uid, job), reference, platform).await?;
         Ok(kept.map_or(*manifest, |(digest, _)| digest))
     }
 }

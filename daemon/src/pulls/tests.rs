@@ -297,7 +297,7 @@ async fn a_tag_is_asked_for_again_after_its_time_and_an_old_answer_is_called_sta
     };
     let answer = app
         .resolver
-        .resolve_for_job(&job, &name, &platform)
+        .resolve_for_job((7, &job), &name, &platform)
         .await
         .unwrap();
     assert_eq!((answer.manifest, answer.stale), (first.digest, false));
@@ -310,10 +310,13 @@ async fn a_tag_is_asked_for_again_after_its_time_and_an_old_answer_is_called_sta
     // The job keeps what it was told.
     let answer = app
         .resolver
-        .resolve_for_job(&job, &name, &platform)
+        .resolve_for_job((7, &job), &name, &platform)
         .await
         .unwrap();
     assert_eq!(answer.manifest, first.digest);
+    // Another user's word about that job is another answer.
+    let answer = (app.resolver).resolve_for_job((8, &job), &name, &platform);
+    assert_eq!(answer.await.unwrap().manifest, second.digest);
     registry.fault(
         "/v2/a/b/manifests/1",
         [Fault::Status(500, None), Fault::Status(500, None)],

@@ -124,10 +124,10 @@ impl Resolver {
             .map(|row| resolution(reference, platform, &row, false)))
     }
 
-    /// The answer for a job: what it was told first, for ever.
+    /// The answer for a job of the user who asks: what the two were told first, for ever.
     pub async fn resolve_for_job(
         &self,
-        job: &Job,
+        job: (u32, &Job),
         reference: &ImageRef,
         platform: &Platform,
     ) -> Answer {

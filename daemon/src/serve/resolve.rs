@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
+use axum::{Extension, Json};
 use berth_client::api::{ErrorAnswer, ResolveRequest, Resolved};
 
-use super::{Answer, App, Body, Subject, platform};
+use super::{Answer, App, Body, Caller, Subject, platform};
 
-/// What a reference stands for. With a job, the first answer is kept for that job.
+/// What a reference stands for. With a job, the first answer is kept for that job of the caller's.
 #[utoipa::path(
     post,
     path = "/v1/resolve",
@@ -22,6 +22,7 @@ use super::{Answer, App, Body, Subject, platform};
 )]
 pub(super) async fn resolve(
     State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
     Body(request): Body<ResolveRequest>,
 ) -> Answer<Resolved> {
     let platform = platform(request.platform.as_deref())?;
@@ -40,7 +41,7 @@ pub(super) async fn resolve(
     let resolution = match &request.job {
         Some(job) => {
             (app.resolver)
-                .resolve_for_job(job, &reference, &platform)
+                .resolve_for_job((caller.uid, job), &reference, &platform)
                 .await?
         }
         None => app.resolver.resolve(&reference, &platform).await?,
