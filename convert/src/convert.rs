@@ -24,9 +24,9 @@ use crate::image::build;
 use crate::job::{Compression, Done, Failure, FailureKind, Options, Progress};
 use crate::merge::{Merged, full_name, merge};
 use crate::paths::PathId;
-use crate::scan::{Scan, ScanError, failure, printable, unspill};
+use crate::scan::{Scan, failure, printable, unspill};
 use crate::spill::Spill;
-use crate::stream::{CHUNK, LayerStream, layer_stream};
+use crate::stream::{CHUNK, layer_stream};
 
 /// Time between two reports of progress.
 const PROGRESS: Duration = Duration::from_millis(100);
@@ -93,8 +93,8 @@ pub fn convert(
         let Some(stream) = begun.pop_front() else {
             break;
         };
-        let rest = scan.layer(index, stream, &mut lane, &mut report)?;
-        check_diff_id(index, rest, expected[index])?;
+        let found = scan.layer(index, stream, &mut lane, &mut report)?;
+        check_diff_id(index, found, expected[index])?;
     }
 
     let merged = merge(&mut scan.entries).map_err(|misfit| {
@@ -138,10 +138,7 @@ pub fn convert(
     })
 }
 
-fn check_diff_id(index: usize, rest: LayerStream, expected: Digest) -> Result<(), Failure> {
-    let found = rest
-        .finish()
-        .map_err(|e| failure(index, None, ScanError::Tar(e.into())))?;
+fn check_diff_id(index: usize, found: Digest, expected: Digest) -> Result<(), Failure> {
     if found == expected {
         return Ok(());
     }

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 
+use berth_image::Digest;
 use berth_squashfs::write::{FileHandle, Lane, WriteError, clamp_mtime};
 
 use crate::entries::{Entries, Flood, Header, What};
@@ -81,17 +82,18 @@ impl<'j> Scan<'j> {
         self.entries.headers.len() as u64
     }
 
-    /// Reads layer `layer` to the end of its archive. `tick` is called now and then.
+    /// Reads layer `layer` to its end, and gives the digest of all of it. `tick` is called now and then.
     ///
     /// # Errors
     /// A failure that names the layer and, where there is one, the entry.
     pub fn layer(
         &mut self,
         layer: usize,
-        stream: LayerStream,
+        mut stream: LayerStream,
         lane: &mut Lane,
         mut tick: impl FnMut(u64),
-    ) -> Result<LayerStream, Failure> {
+    ) -> Result<Digest, Failure> {
+        stream.limit(self.limits.max_bytes, self.bytes);
         let first = self.entries.headers.len() as u32;
         let mut reader = TarReader::new(stream);
         let mut last: Option<Vec<u8>> = None;
@@ -113,9 +115,10 @@ impl<'j> Scan<'j> {
             last = Some(entry.name);
         }
         self.entries.layers[layer] = first..self.entries.headers.len() as u32;
-        let stream = reader.into_inner();
+        let mut stream = reader.into_inner();
+        let digest = stream.finish();
         self.bytes += stream.taken();
-        Ok(stream)
+        digest.map_err(|e| failure(layer, None, ScanError::Tar(e.into())))
     }
 
     fn entry(
@@ -357,7 +360,7 @@ pub fn unspill(spill: &mut Spill, run: Spilled, lane: &mut Lane) -> Result<FileH
 pub fn failure(layer: usize, entry: Option<&[u8]>, error: ScanError) -> Failure {
     let kind = match &error {
         ScanError::Tar(TarError::Read(e)) => match e.get_ref().and_then(|e| e.downcast_ref()) {
-            Some(StreamError::Ratio(_)) => FailureKind::Limit,
+            Some(StreamError::Ratio(_) | StreamError::Bytes(_)) => FailureKind::Limit,
             Some(StreamError::Decode(crate::decode::DecodeError::Read(_)) | StreamError::Died)
             | None => FailureKind::Internal,
             Some(StreamError::Decode(_)) => FailureKind::CorruptLayer,

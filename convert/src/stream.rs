@@ -27,6 +27,8 @@ pub enum StreamError {
         "it grows more than {0} times when uncompressed (convert.limits.max_ratio): this looks like a bomb"
     )]
     Ratio(u64),
+    #[error("the layers are larger than {0} bytes uncompressed (convert.limits.max_bytes)")]
+    Bytes(u64),
     #[error("the thread that uncompresses it died")]
     Died,
 }
@@ -45,6 +47,9 @@ pub struct LayerStream {
     chunk: Vec<u8>,
     at: usize,
     taken: u64,
+    /// Most bytes that may be taken, and the limit to name when there are more.
+    most: u64,
+    limit: u64,
     diff_id: Option<Digest>,
 }
 
@@ -76,6 +81,8 @@ pub fn layer_stream(
         chunk: Vec::new(),
         at: 0,
         taken: 0,
+        most: u64::MAX,
+        limit: u64::MAX,
         diff_id: None,
     };
     (source, stream)
@@ -128,8 +135,14 @@ impl LayerStream {
         self.taken
     }
 
+    /// From now on the stream fails when all it gave, before and after, is more than `limit` less the `used` bytes of
+    /// other layers: whatever they are, contents, headers or what follows the archive.
+    pub fn limit(&mut self, limit: u64, used: u64) {
+        (self.limit, self.most) = (limit, limit.saturating_sub(used));
+    }
+
     /// Reads on to the end, whatever follows the archive, and gives the digest of the whole stream.
-    pub fn finish(mut self) -> io::Result<Digest> {
+    pub fn finish(&mut self) -> io::Result<Digest> {
         loop {
             if let Some(diff_id) = self.diff_id {
                 return Ok(diff_id);
@@ -157,6 +170,9 @@ impl BufRead for LayerStream {
             match self.messages.recv() {
                 Ok(Message::Chunk(chunk)) => {
                     self.taken += chunk.len() as u64;
+                    if self.taken > self.most {
+                        return Err(io::Error::other(StreamError::Bytes(self.limit)));
+                    }
                     self.chunk = chunk;
                 }
                 Ok(Message::End(diff_id)) => self.diff_id = Some(diff_id),

@@ -270,6 +270,22 @@ fn bombs_and_floods() {
         Tar::new().file("d/".repeat(500) + "f", b"").end(),
         "max_entries",
     );
+    let comment = head(b'0', "x").pax("comment", vec![b'c'; 700_000]);
+    limit(
+        Tar::new().add(comment.clone()).add(comment).end(),
+        "max_bytes",
+    );
+    limit(
+        Tar::new().file(".wh..wh.x", &vec![0; 2 << 20]).end(),
+        "max_bytes",
+    );
+    let trailing = |length| [Tar::new().end(), vec![b't'; length]].concat();
+    limit(trailing(2 << 20), "max_bytes");
+    let failure = convert_tars(&[trailing(600_000), trailing(600_000)], &few)
+        .map(|(_, done)| done)
+        .unwrap_err();
+    assert_eq!(failure.kind, FailureKind::Limit, "{failure}");
+    assert!(convert_tars(&[trailing(600_000)], &few).is_ok());
     let whole = Tar::new().file("zeros", &vec![0; 70 << 20]).end();
     let bomb = (zstd::encode_all(&whole[..], 3).unwrap(), Digest::of(&whole));
     let failure = convert_blobs(&[bomb], &options())
