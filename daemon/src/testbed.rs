@@ -180,7 +180,7 @@ fn seal(
 ) -> Option<Answer> {
     let manifest = request.manifest.as_bytes();
     assert_eq!(Digest::of(manifest), request.manifest_digest);
-    let Ok(Document::Image(image)) = parse(request.manifest_digest, None, manifest) else {
+    let Ok(Document::Image(image)) = parse(request.manifest_digest, manifest) else {
         panic!("not a manifest");
     };
     assert_eq!(Digest::of(request.config.as_bytes()), image.config.digest);

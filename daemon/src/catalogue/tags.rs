@@ -20,13 +20,13 @@ pub struct TagRow {
 }
 
 impl Catalogue {
+    /// Keeps a document. What its registry called it is not kept: others serve the same digest.
     pub async fn put_manifest(&self, raw: &RawManifest) -> Result<(), CatalogueError> {
         sqlx::query(
-            "INSERT INTO manifests (digest, media_type, body, fetched_at) VALUES ($1, $2, $3, $4) \
+            "INSERT INTO manifests (digest, body, fetched_at) VALUES ($1, $2, $3) \
              ON CONFLICT (digest) DO NOTHING",
         )
         .bind(raw.digest.to_string())
-        .bind(&raw.media_type)
         .bind(&raw.bytes)
         .bind(Timestamp::now().as_second())
         .execute(&self.pool)
@@ -35,15 +35,14 @@ impl Catalogue {
     }
 
     pub async fn manifest(&self, digest: &Digest) -> Result<Option<RawManifest>, CatalogueError> {
-        let row = sqlx::query("SELECT media_type, body FROM manifests WHERE digest = $1")
+        let row = sqlx::query("SELECT body FROM manifests WHERE digest = $1")
             .bind(digest.to_string())
             .fetch_optional(&self.pool)
             .await?;
         Ok(match row {
             Some(row) => Some(RawManifest {
                 digest: *digest,
-                media_type: row.try_get(0)?,
-                bytes: row.try_get(1)?,
+                bytes: row.try_get(0)?,
             })
             // A row that a broken disk changed is one that is not there.
             .filter(|raw: &RawManifest| Digest::of(&raw.bytes) == *digest),

@@ -357,10 +357,22 @@ async fn what_cannot_be_an_image_fails_with_its_reason() {
     let ended = pull(&app, &reference(&registry.host(), "a/b:many")).await;
     assert_eq!(ended.digest, Some(image.digest.to_string()));
 
+    // What a registry calls a document is not what it is.
+    registry.put_manifest(
+        "a/b",
+        "odd",
+        "text/html",
+        &index("linux").replace(":1,", ":2,"),
+    );
+    let ended = pull(&app, &reference(&registry.host(), "a/b:odd")).await;
+    assert_eq!(ended.state, PullState::Ready, "{:?}", ended.error);
+
     registry.put_manifest("a/b", "old", "application/json", r#"{"schemaVersion":1}"#);
     let (kind, message) = ask("old").await;
     assert_eq!(kind, ErrorKind::ConversionFailed);
     assert!(message.contains("schema 1"), "{message}");
+    let old = berth_image::Digest::of(br#"{"schemaVersion":1}"#);
+    assert!(app.catalogue.manifest(&old).await.unwrap().is_none());
     registry.put_manifest("a/b", "huge", index_type, &" ".repeat(5 << 20));
     let (_, message) = ask("huge").await;
     assert!(message.contains("larger than 4194304 bytes"), "{message}");

@@ -2,7 +2,7 @@
 
 use berth_image::Digest;
 use reqwest::Method;
-use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
 
 use super::client::{Call, Registry, read_limited, shown};
 use super::error::RegistryError;
@@ -21,8 +21,6 @@ const KINDS: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oc
 pub struct RawManifest {
     /// SHA-256 of `bytes`.
     pub digest: Digest,
-    /// `Content-Type`, without parameters.
-    pub media_type: Option<String>,
     pub bytes: Vec<u8>,
 }
 
@@ -40,8 +38,6 @@ impl Registry {
     ) -> Result<RawManifest, RegistryError> {
         let response = self.call(&call(Method::GET, repository, name)).await?;
         let url = shown(response.url());
-        let media_type = header(response.headers(), CONTENT_TYPE.as_str())
-            .map(|v| v.split(';').next().unwrap_or_default().trim().to_owned());
         let announced = content_digest(response.headers());
         let bytes = read_limited(response, MAX_MANIFEST, self.stall).await?;
         let found = Digest::of(&bytes);
@@ -53,7 +49,6 @@ impl Registry {
             }),
             _ => Ok(RawManifest {
                 digest: found,
-                media_type,
                 bytes,
             }),
         }

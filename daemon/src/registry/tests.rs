@@ -26,7 +26,7 @@ async fn a_loopback_registry_without_tls_is_found_by_trying() {
     let digest = server.put_manifest("a/b", "1", OCI, "{}");
     let registry = registries("").get(&server.host()).unwrap();
     let raw = registry.manifest("a/b", "1", None).await.unwrap();
-    assert_eq!((raw.digest, raw.media_type.as_deref()), (digest, Some(OCI)));
+    assert_eq!(raw.digest, digest);
     assert_eq!(
         registry.manifest_digest("a/b", "1").await.unwrap(),
         Some(digest)

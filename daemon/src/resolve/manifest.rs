@@ -158,24 +158,16 @@ struct Version {
     schema_version: u32,
 }
 
-/// Reads `bytes`, whose digest is `digest`. `content_type` is what the registry called them.
-pub fn parse(
-    digest: Digest,
-    content_type: Option<&str>,
-    bytes: &[u8],
-) -> Result<Document, ManifestError> {
+/// Reads `bytes`, whose digest is `digest`. Only they say what they are: a registry's `Content-Type` is not part of
+/// what the digest vouches for, and cannot make an index of an image (CVE-2021-41190) or nonsense of either.
+pub fn parse(digest: Digest, bytes: &[u8]) -> Result<Document, ManifestError> {
     let malformed = |e: serde_json::Error| ManifestError::Malformed(digest, e.to_string());
     let version: Version = serde_json::from_slice(bytes).map_err(malformed)?;
     if version.schema_version == 1 {
         return Err(ManifestError::Schema1(digest));
     }
     let raw: Raw = serde_json::from_slice(bytes).map_err(malformed)?;
-    // The body says what it is; a registry's header cannot make an index of an image (CVE-2021-41190).
-    let kind = raw
-        .media_type
-        .as_deref()
-        .or(content_type)
-        .unwrap_or_default();
+    let kind = raw.media_type.as_deref().unwrap_or_default();
     let (image, index) = (
         raw.config.is_some() || raw.layers.is_some(),
         raw.manifests.is_some(),
@@ -321,7 +313,7 @@ mod tests {
     const D: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
     fn read(text: &str) -> Result<Document, ManifestError> {
-        parse(Digest::of(text.as_bytes()), None, text.as_bytes())
+        parse(Digest::of(text.as_bytes()), text.as_bytes())
     }
 
     fn descriptor(media_type: &str, more: &str) -> String {

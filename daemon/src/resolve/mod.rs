@@ -154,7 +154,7 @@ impl Resolver {
         digest: Digest,
     ) -> Result<(RawManifest, Manifest), ErrorBody> {
         let raw = self.inner.by_digest(reference, digest).await?;
-        match manifest::parse(digest, raw.media_type.as_deref(), &raw.bytes)? {
+        match manifest::parse(digest, &raw.bytes)? {
             Document::Image(manifest) => Ok((raw, manifest)),
             Document::Index(_) => Err(internal(&format!("{digest} is an index"))),
         }
@@ -245,7 +245,7 @@ impl Inner {
                 let raw = (self.registries)
                     .retrying(|| registry.manifest(repository, &tag, None))
                     .await?;
-                self.catalogue.put_manifest(&raw).await?;
+                self.keep(&raw).await?;
                 raw
             }
         };
@@ -266,7 +266,7 @@ impl Inner {
     ) -> Result<Digest, ErrorBody> {
         let mut raw = top;
         for _ in 0..=MAX_NESTING {
-            match manifest::parse(raw.digest, raw.media_type.as_deref(), &raw.bytes)? {
+            match manifest::parse(raw.digest, &raw.bytes)? {
                 Document::Image(manifest) => return Ok(manifest.digest),
                 Document::Index(index) => {
                     let entry = index.select(platform)?;
@@ -290,8 +290,14 @@ impl Inner {
         let raw = (self.registries)
             .retrying(|| registry.manifest(repository, &name, Some(digest)))
             .await?;
-        self.catalogue.put_manifest(&raw).await?;
+        self.keep(&raw).await?;
         Ok(raw)
+    }
+
+    /// Remembers a document, if it is one.
+    async fn keep(&self, raw: &RawManifest) -> Result<(), ErrorBody> {
+        manifest::parse(raw.digest, &raw.bytes)?;
+        Ok(self.catalogue.put_manifest(raw).await?)
     }
 }
 
