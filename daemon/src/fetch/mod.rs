@@ -254,7 +254,8 @@ impl Inner {
                 Ok(()) => return Ok(()),
                 Err(e) => e,
             };
-            if offset - before >= WORTH {
+            let slow = matches!(error, RegistryError::Slow { .. });
+            if offset - before >= WORTH && !slow {
                 failures = 0;
             }
             failures += 1;

@@ -1,6 +1,6 @@
 //! A blob's bytes from some offset on.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_image::Digest;
 use reqwest::header::{CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
@@ -9,12 +9,38 @@ use reqwest::{Method, Response, StatusCode};
 use super::client::{Call, Registry, cause, shown};
 use super::error::RegistryError;
 
+/// The slowest that a transfer may be on average, in bytes a second: one that drips would hold its place for ever.
+const SLOWEST: u64 = 64 << 10;
+/// Seconds of waiting over which the average is taken.
+const WINDOW: Duration = Duration::from_secs(300);
+
+/// Watches over the average rate. Time that we do not wait for the registry does not count.
+#[derive(Debug, Default)]
+struct Pace {
+    waited: Duration,
+    bytes: u64,
+}
+
+impl Pace {
+    /// Whether `bytes` after waiting so long are, with those before, fast enough.
+    fn keeps(&mut self, waited: Duration, bytes: u64) -> bool {
+        self.waited += waited;
+        self.bytes += bytes;
+        if self.waited < WINDOW {
+            return true;
+        }
+        let last = std::mem::take(self);
+        last.bytes >= SLOWEST * last.waited.as_secs()
+    }
+}
+
 /// Bytes on their way. Not checked against any digest.
 #[derive(Debug)]
 pub struct BlobStream {
     response: Response,
     url: String,
     stall: Duration,
+    pace: Pace,
     /// Bytes at the start that were not asked for, from a registry that does not know `Range`.
     surplus: u64,
     /// Bytes still to come.
@@ -68,6 +94,7 @@ impl Registry {
             response,
             url,
             stall: self.stall,
+            pace: Pace::default(),
             surplus: offset - start,
             left: size - start,
         })
@@ -94,6 +121,7 @@ impl BlobStream {
     /// The next piece; `None` after exactly the announced number of bytes.
     pub async fn next(&mut self) -> Result<Option<axum::body::Bytes>, RegistryError> {
         loop {
+            let asked = Instant::now();
             let piece = tokio::time::timeout(self.stall, self.response.chunk()).await;
             let piece = piece.map_err(|_| RegistryError::Stalled {
                 url: self.url.clone(),
@@ -117,6 +145,12 @@ impl BlobStream {
                 });
             }
             self.left -= length;
+            if !self.pace.keeps(asked.elapsed(), length) && self.left > 0 {
+                return Err(RegistryError::Slow {
+                    url: self.url.clone(),
+                    after: WINDOW,
+                });
+            }
             let skip = self.surplus.min(length);
             self.surplus -= skip;
             let _ = piece.split_to(skip as usize);
@@ -131,4 +165,25 @@ impl BlobStream {
 fn range_start(header: &str) -> Option<u64> {
     let range = header.trim().strip_prefix("bytes ")?;
     range.split('-').next()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_drip_is_too_slow_and_a_thin_link_is_not() {
+        let second = Duration::from_secs(1);
+        let kept = |bytes: u64| {
+            let mut pace = Pace::default();
+            (0..900).position(|_| !pace.keeps(second, bytes))
+        };
+        assert_eq!(kept(1), Some(299));
+        assert_eq!(kept(SLOWEST - 1), Some(299));
+        assert_eq!(kept(SLOWEST), None);
+        // What came at the start does not count for ever.
+        let mut pace = Pace::default();
+        assert!(pace.keeps(WINDOW, 1 << 40));
+        assert!(!pace.keeps(WINDOW, 1));
+    }
 }

@@ -35,6 +35,8 @@ pub enum RegistryError {
     },
     #[error("nothing came from {url} for {} seconds", .after.as_secs())]
     Stalled { url: String, after: Duration },
+    #[error("less than 64 KiB a second came from {url} for {} seconds", .after.as_secs())]
+    Slow { url: String, after: Duration },
     #[error("the answer from {url} broke off: {why}")]
     Broken { url: String, why: String },
     #[error("{url} sent bytes of {found}, expected {expected}")]
@@ -61,7 +63,10 @@ impl RegistryError {
     /// Whether the same request may succeed a little later.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unreachable { .. } | Self::Stalled { .. } | Self::Broken { .. } => true,
+            Self::Unreachable { .. }
+            | Self::Stalled { .. }
+            | Self::Slow { .. }
+            | Self::Broken { .. } => true,
             Self::Status { status, .. } => matches!(status, 408 | 429 | 500..=599),
             _ => false,
         }
@@ -80,6 +85,7 @@ impl RegistryError {
             Self::Unreachable { .. }
             | Self::Status { .. }
             | Self::Stalled { .. }
+            | Self::Slow { .. }
             | Self::Broken { .. }
             | Self::Protocol { .. }
             | Self::TooLarge { .. } => ErrorKind::UpstreamUnavailable,
