@@ -5,7 +5,7 @@
 use std::io::{Read as _, Write as _};
 use std::process::ExitCode;
 
-use berth_convert::job::{Event, Failure, FailureKind, Job};
+use berth_convert::job::{Event, Failure, FailureKind, Job, Limits};
 use berth_convert::{Layer, convert, sandbox};
 
 /// Most bytes of a job: 512 layers are 150 KiB.
@@ -47,7 +47,9 @@ fn run(job: Job) -> Result<(), Failure> {
     let mut files = sandbox::take_descriptors(&numbers)
         .map_err(caged)?
         .into_iter();
-    for warning in sandbox::enter(most_memory(&job)).map_err(caged)? {
+    for warning in
+        sandbox::enter(most_memory(&job), largest_file(&job.options.limits)).map_err(caged)?
+    {
         say(&Event::Warning(warning));
     }
 
@@ -78,6 +80,14 @@ fn most_memory(job: &Job) -> u64 {
         .saturating_add(512 << 20)
 }
 
+/// A last bound, well above what the image or the spill file of layers within their limits can be: contents that do not
+/// shrink, their hash tree, and for each entry names, a symlink's target and metadata.
+fn largest_file(limits: &Limits) -> u64 {
+    (limits.max_bytes.saturating_add(limits.max_bytes / 64))
+        .saturating_add(limits.max_entries.saturating_mul(8 << 10))
+        .saturating_add(1 << 30)
+}
+
 /// Who reads this has gone away when it cannot be written; then nobody wants the image either.
 fn say(event: &Event) {
     let mut line = match serde_json::to_vec(event) {
@@ -88,5 +98,25 @@ fn say(event: &Event) {
     let mut out = std::io::stdout().lock();
     if out.write_all(&line).and_then(|()| out.flush()).is_err() {
         std::process::exit(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_may_hold_all_that_the_limits_allow() {
+        let file = |max_bytes, max_entries| {
+            largest_file(&Limits {
+                max_bytes,
+                max_entries,
+                max_ratio: 1,
+            })
+        };
+        // The hash tree is a 128th and a bit.
+        assert!(file(1 << 40, 0) > (1 << 40) + (1 << 40) / 127);
+        assert!(file(0, 1000) > 1000 * (4095 + 2 * 255));
+        assert_eq!(file(u64::MAX, u64::MAX), u64::MAX);
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::job::{Ownership, Policy};
 
-const CAPABILITY: &[u8] = b"security.capability";
+const CAPABILITY: &str = "security.capability";
 const SETID: u16 = 0o6000;
 
 impl Policy {
@@ -31,7 +31,7 @@ impl Policy {
 
     /// Whether an xattr stays. SquashFS has no place for names outside three namespaces.
     pub fn keeps(&self, name: &[u8]) -> bool {
-        if name == CAPABILITY {
+        if name == CAPABILITY.as_bytes() {
             return self.keep_setid;
         }
         let storable = [&b"user."[..], b"trusted.", b"security."];
@@ -39,6 +39,15 @@ impl Policy {
             .iter()
             .any(|prefix| name.len() > prefix.len() && name.starts_with(prefix))
             && (self.keep_xattrs.iter()).any(|prefix| name.starts_with(prefix.as_bytes()))
+    }
+
+    /// What names of xattrs in the image can begin with: every name that stays begins with one of these.
+    pub fn xattr_prefixes(&self) -> Vec<String> {
+        let mut prefixes = self.keep_xattrs.clone();
+        if self.keep_setid {
+            prefixes.push(CAPABILITY.to_owned());
+        }
+        prefixes
     }
 }
 
@@ -59,7 +68,7 @@ mod tests {
         assert_eq!(policy.mode(0o1000, true), 0o1555);
         assert_eq!(policy.owner(7, 8), (0, 0));
         assert!(policy.keeps(b"user.x") && !policy.keeps(b"user."));
-        assert!(!policy.keeps(b"trusted.overlay.opaque") && !policy.keeps(CAPABILITY));
+        assert!(!policy.keeps(b"trusted.overlay.opaque") && !policy.keeps(CAPABILITY.as_bytes()));
     }
 
     #[test]
@@ -70,7 +79,23 @@ mod tests {
             keep_xattrs: vec!["security.".into(), "system.".into()],
         };
         assert_eq!(policy.mode(0o4700, false), 0o4700);
-        assert!(policy.keeps(CAPABILITY) && policy.keeps(b"security.x"));
+        assert!(policy.keeps(CAPABILITY.as_bytes()) && policy.keeps(b"security.x"));
         assert!(!policy.keeps(b"user.x") && !policy.keeps(b"system.posix_acl_access"));
+    }
+
+    #[test]
+    fn prefixes_are_no_wider_than_what_stays() {
+        let policy = Policy {
+            ownership: Ownership::Keep,
+            keep_setid: true,
+            keep_xattrs: vec!["user.site.".into()],
+        };
+        assert_eq!(policy.xattr_prefixes(), ["user.site.", CAPABILITY]);
+        let none = Policy {
+            keep_setid: false,
+            keep_xattrs: Vec::new(),
+            ..policy
+        };
+        assert!(none.xattr_prefixes().is_empty());
     }
 }

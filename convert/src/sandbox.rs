@@ -2,7 +2,7 @@
 //!
 //! After [`enter`] the process has the descriptors it was given and can read, write and seek them, use memory and
 //! start threads. It can open nothing, connect to nothing, run nothing and signal nobody: Landlock denies every file
-//! and socket, seccomp every other system call, and limits bound its memory.
+//! and socket, seccomp every other system call, and limits bound its memory and its files.
 
 #![allow(
     unsafe_code,
@@ -72,8 +72,9 @@ fn check(what: &'static str, rc: i64) -> Result<(), SandboxError> {
 /// Closes the cage around this thread and all it will start; to be called before there are others. Gives warnings
 /// about what the kernel does not have.
 ///
-/// `memory` is the most bytes of private memory the process may ever have.
-pub fn enter(memory: u64) -> Result<Vec<String>, SandboxError> {
+/// `memory` is the most bytes of private memory the process may ever have, `file` the most bytes that a file it writes
+/// may have.
+pub fn enter(memory: u64, file: u64) -> Result<Vec<String>, SandboxError> {
     // SAFETY: these prctls take numbers only.
     unsafe {
         check(
@@ -87,6 +88,7 @@ pub fn enter(memory: u64) -> Result<Vec<String>, SandboxError> {
     }
     limit("core size", libc::RLIMIT_CORE, 0)?;
     limit("memory", libc::RLIMIT_DATA, memory)?;
+    limit("file size", libc::RLIMIT_FSIZE, file)?;
     let mut warnings = Vec::new();
     match landlock() {
         Ok(RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced) => {}
@@ -108,10 +110,18 @@ fn limit(
     resource: libc::__rlimit_resource_t,
     value: u64,
 ) -> Result<(), SandboxError> {
-    let limit = libc::rlimit {
-        rlim_cur: value,
-        rlim_max: value,
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
     };
+    // SAFETY: the pointer is to a live rlimit.
+    check(
+        what,
+        unsafe { libc::getrlimit(resource, &mut limit) }.into(),
+    )?;
+    // A lower one that is there already stays: raising it takes a privilege.
+    limit.rlim_max = limit.rlim_max.min(value);
+    limit.rlim_cur = limit.rlim_max;
     // SAFETY: the pointer is to a live rlimit.
     check(what, unsafe { libc::setrlimit(resource, &limit) }.into())
 }
