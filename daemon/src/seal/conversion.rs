@@ -109,12 +109,6 @@ fn check_image(
         return Err(unfit("its layers are not the configuration's".into()));
     }
     let config = &site.config.convert;
-    let mut xattrs: Vec<String> = (config.keep_xattrs.iter())
-        .filter_map(|prefix| Some(format!("{}.", prefix.split_once('.')?.0)))
-        .collect();
-    if config.keep_setid {
-        xattrs.push("security.".into());
-    }
     let most = config
         .limits
         .max_entries
@@ -124,7 +118,7 @@ fn check_image(
         max_inodes: u32::try_from(most).unwrap_or(u32::MAX),
         setid: config.keep_setid,
         devices: false,
-        xattrs,
+        xattrs: options(site, verity).policy.xattr_prefixes(),
         contents: config.read_back,
         ..Limits::default()
     };

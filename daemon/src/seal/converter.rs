@@ -25,6 +25,8 @@ use super::manifest::Layer;
 
 /// Longest line that a converter may say. A result with many notes is below 100 KiB.
 const MAX_LINE: usize = 1 << 20;
+/// Most warnings that it may give: it has one for each thing that the kernel lacks.
+const MAX_WARNINGS: usize = 100;
 /// Most of its standard error that goes to the log.
 const MAX_STDERR: usize = 4096;
 
@@ -150,6 +152,7 @@ fn converse(
     };
     let mut buffer = Vec::new();
     let mut result = None;
+    let mut warnings = 0;
     loop {
         let hangup = PollFlags::RDHUP | PollFlags::IN;
         let mut ready = [
@@ -188,7 +191,11 @@ fn converse(
             match serde_json::from_slice(&line) {
                 Ok(Event::Progress(news)) if progress(news) => {}
                 Ok(Event::Progress(_)) => return Ok(Outcome::Abandoned),
+                Ok(Event::Warning(_)) if warnings == MAX_WARNINGS => {
+                    return Ok(Outcome::Died("it warned too often".into()));
+                }
                 Ok(Event::Warning(text)) => {
+                    warnings += 1;
                     tracing::warn!(text = %clean(&text), "the converter warns");
                 }
                 Ok(Event::Done(done)) => result = Some(Box::new(done)),
