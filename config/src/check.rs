@@ -116,6 +116,11 @@ impl Config {
             "node.keys",
             "must name at least one public key",
         );
+        wrong(
+            self.node.submit_wait_s == 0,
+            "node.submit_wait_s",
+            "must be at least 1",
+        );
         wrong(self.node.wait_s == 0, "node.wait_s", "must be at least 1");
         wrong(
             self.node

@@ -172,7 +172,8 @@ pub struct Node {
     pub keys: Vec<PathBuf>,
     /// Locks of the runtime, on a local filesystem. Default `/run/berth-node`, a folder that only root can change.
     pub run_dir: PathBuf,
-    /// Seconds that a task waits for its image. Default 900.
+    /// Seconds that a task waits for its image; below the plugin's own `wait=`, which is 600 where plugstack.conf says
+    /// nothing. Default 570.
     pub wait_s: u64,
     /// Seconds that `sbatch` waits for the daemon at submit. Default 2.
     pub submit_wait_s: u64,
@@ -298,7 +299,7 @@ impl Default for Node {
         Self {
             keys: vec!["/etc/berth/keys/site.pub".into()],
             run_dir: "/run/berth-node".into(),
-            wait_s: 900,
+            wait_s: 570,
             submit_wait_s: 2,
             writable_bytes: 8 << 30,
             user_mounts: true,

@@ -9,10 +9,20 @@ use std::path::Path;
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Most bytes of an image's variables.
 const MOST: usize = 128 << 10;
-const NOT_THE_IMAGES: [&str; 8] = [
-    "HOME", "USER", "LOGNAME", "PWD", "OLDPWD", "HOSTNAME", "TERM", "TMPDIR",
+const NOT_THE_IMAGES: [&str; 11] = [
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "PWD",
+    "OLDPWD",
+    "HOSTNAME",
+    "TERM",
+    "TMPDIR",
+    "XDG_RUNTIME_DIR",
+    "KRB5CCNAME",
+    "CUDA_VISIBLE_DEVICES",
 ];
-const PREFIXES_NOT_THE_IMAGES: [&str; 3] = ["SLURM_", "SBATCH_", "SRUN_"];
+const PREFIXES_NOT_THE_IMAGES: [&str; 5] = ["SLURM", "SBATCH_", "SRUN_", "PMI_", "PMIX_"];
 
 /// The variables to set, `NAME=VALUE`; `None` when there are more than a task should start with. `bin_dir`, where
 /// Slurm's commands are, ends the PATH where it is not on it.

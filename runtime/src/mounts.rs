@@ -13,6 +13,9 @@ use crate::view::{Bind, IfAbsent, Kind};
 /// Most entries of `--container-mounts`.
 const MOST: usize = 64;
 
+/// Most names in a path: each one that the image lacks is a folder that root makes.
+const DEEPEST: usize = 64;
+
 /// Why `--container-mounts` is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(crate) enum MountsError {
@@ -20,6 +23,8 @@ pub(crate) enum MountsError {
     Form(String),
     #[error("--container-mounts: more than {MOST} entries")]
     Many,
+    #[error("--container-mounts: `{}` is deeper than {DEEPEST} folders", one_line(.0))]
+    Deep(String),
     #[error("--container-mounts is not allowed on this site")]
     Forbidden,
 }
@@ -54,6 +59,9 @@ fn of_entry(entry: &OsStr) -> Result<Bind, MountsError> {
     let (source, target) = (path(source), path(target));
     if !source.is_absolute() || !target.is_absolute() {
         return Err(wrong());
+    }
+    if target.components().count() > DEEPEST {
+        return Err(MountsError::Deep(entry.to_string_lossy().into_owned()));
     }
     Ok(Bind {
         what: "--container-mounts",
@@ -129,6 +137,8 @@ mod tests {
         assert_eq!(one("/a:/b:ro"), expect("/a", "/b", true));
         assert_eq!(one("/a:/b:rw"), expect("/a", "/b", false));
         assert_eq!(one("/a::ro"), expect("/a", "/a", true));
+        let deep = format!("/a:{}", "/x".repeat(65));
+        assert!(matches!(one(&deep), Err(MountsError::Deep(_))));
         for wrong in ["", "a", "/a:b", "/a:/b:rx", "/a:/b:ro:", ":/b"] {
             assert!(one(wrong).is_err(), "{wrong}");
         }

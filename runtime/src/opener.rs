@@ -7,7 +7,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -63,6 +63,8 @@ enum Ask {
     Enter = b'e' as isize,
     /// The content of a small file.
     Read = b'r' as isize,
+    /// An `O_PATH` descriptor below the folder that comes with the question, which no name can leave.
+    Inside = b'i' as isize,
 }
 
 /// The child, seen from its parent.
@@ -90,7 +92,9 @@ impl Opener {
 
     /// Opens each path, whatever it is, for use as a place (`O_PATH`). Answers come in the order of the questions.
     pub(crate) fn places(&mut self, paths: &[&Path]) -> Vec<Result<OwnedFd, OpenError>> {
-        let sent: Vec<_> = paths.iter().map(|p| self.send(Ask::Place, p)).collect();
+        let sent: Vec<_> = (paths.iter())
+            .map(|p| self.send(Ask::Place, p, &[]))
+            .collect();
         sent.into_iter()
             .map(|sent| {
                 sent.and_then(|()| self.answer())
@@ -101,17 +105,27 @@ impl Opener {
 
     /// A folder in which the user may be.
     pub(crate) fn enter(&mut self, path: &Path) -> Result<OwnedFd, OpenError> {
-        self.send(Ask::Enter, path)?;
+        self.send(Ask::Enter, path, &[])?;
+        self.answer()?.descriptor()
+    }
+
+    /// A place below `root`, whatever it is; absolute links, too, stay inside.
+    pub(crate) fn inside(
+        &mut self,
+        root: BorrowedFd<'_>,
+        path: &Path,
+    ) -> Result<OwnedFd, OpenError> {
+        self.send(Ask::Inside, path, &[root])?;
         self.answer()?.descriptor()
     }
 
     /// The content of a regular file of at most 48 KiB.
     pub(crate) fn read(&mut self, path: &Path) -> Result<Vec<u8>, OpenError> {
-        self.send(Ask::Read, path)?;
+        self.send(Ask::Read, path, &[])?;
         Ok(self.answer()?.bytes)
     }
 
-    fn send(&mut self, ask: Ask, path: &Path) -> Result<(), OpenError> {
+    fn send(&mut self, ask: Ask, path: &Path, fds: &[BorrowedFd<'_>]) -> Result<(), OpenError> {
         let path = path.as_os_str().as_bytes();
         if path.len() >= LONGEST || path.contains(&0) {
             return Err(OpenError::Refused(Errno::NAMETOOLONG.into()));
@@ -123,7 +137,7 @@ impl Opener {
         packet.push(ask as u8);
         packet.extend_from_slice(path);
         self.channel
-            .send_wait(&packet, &[])
+            .send_wait(&packet, fds)
             .map_err(OpenError::Ended)
     }
 
@@ -180,6 +194,7 @@ fn serve(user: &User, channel: &Channel) -> io::Result<()> {
         let done = match *ask {
             b'p' => place(path).map(Done::Opened),
             b'e' => enter(path).map(Done::Opened),
+            b'i' => inside(packet.descriptors.first(), path).map(Done::Opened),
             _ => read(path).map(Done::Read),
         };
         match done {
@@ -214,6 +229,13 @@ fn enter(path: &Path) -> Result<OwnedFd, Errno> {
     let inside: PathBuf = path.join(".");
     let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY;
     open_plain(&inside, flags)
+}
+
+fn inside(root: Option<&OwnedFd>, path: &Path) -> Result<OwnedFd, Errno> {
+    let root = root.ok_or(Errno::BADF)?;
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    openat2(root, path, flags, Mode::empty(), resolve)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Errno> {

@@ -33,6 +33,9 @@ impl From<Refusal> for Silent {
     }
 }
 
+/// What starting this program and ending it may take of the time that the plugin gives.
+const MARGIN: Duration = Duration::from_millis(400);
+
 /// The lines to print: `pin REFERENCE DIGEST`.
 pub(crate) fn run(config: &Path, text: &str) -> Result<String, Silent> {
     let config = Config::load(config).map_err(|e| Refusal::new(code::CONFIG, e.to_string()))?;
@@ -50,7 +53,8 @@ pub(crate) fn run(config: &Path, text: &str) -> Result<String, Silent> {
         references: vec![reference.to_string()],
         platform: Some(wanted.platform.to_string()),
     };
-    let limit = Duration::from_secs(config.node.submit_wait_s);
+    // A little less than the plugin waits, so that a daemon that says nothing is noted before the plugin gives up.
+    let limit = Duration::from_secs(config.node.submit_wait_s).saturating_sub(MARGIN);
     let pins = Client::from_config(&config).and_then(|c| c.within(limit).pin(&request));
     match pins {
         Ok(pins) => {

@@ -15,6 +15,10 @@ use super::error::step;
 
 /// Bytes the container's own layer may have when nobody writes into it.
 const LAYER_BYTES: u64 = 64 << 20;
+/// Files and folders in the container's own layer.
+const LAYER_INODES: u64 = 32_768;
+/// What a file in memory is taken to cost at least, in bytes.
+const BYTES_AN_INODE: u64 = 1024;
 
 /// A filesystem in memory, mounted over the root of this namespace and reached by descriptor alone, where the new root
 /// is put together. It goes with the old root.
@@ -29,8 +33,11 @@ impl Stage {
     pub(super) fn new(writable_bytes: Option<u64>) -> Result<Stage, ViewError> {
         let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(step("open tmpfs"))?;
         let bytes = LAYER_BYTES + writable_bytes.unwrap_or(0);
+        // A file costs memory whatever its size.
+        let inodes = LAYER_INODES + writable_bytes.unwrap_or(0) / BYTES_AN_INODE;
         let configured = fsconfig_set_string(&context, "source", "berth")
             .and_then(|()| fsconfig_set_string(&context, "size", bytes.to_string()))
+            .and_then(|()| fsconfig_set_string(&context, "nr_inodes", inodes.to_string()))
             .and_then(|()| fsconfig_set_string(&context, "mode", "0755"))
             .and_then(|()| fsconfig_create(&context));
         configured.map_err(step("make a tmpfs"))?;

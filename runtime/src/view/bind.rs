@@ -4,7 +4,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, OFlags, StatVfsMountFlags, fstat, fstatvfs};
-use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::error::at;
@@ -124,28 +123,38 @@ pub(super) fn clone_trees(binds: &[(OpenBind<'_>, Spot)]) -> Result<Vec<OwnedFd>
     Ok(trees)
 }
 
-/// Puts a tree where it belongs below `root`.
+/// Puts a tree where it belongs below `root`. A mount point in what an earlier bind shows is a place in somebody's real
+/// folders, so the user looks for it.
 pub(super) fn attach(
     root: BorrowedFd<'_>,
+    opener: &mut Opener,
     open: &OpenBind<'_>,
     spot: &Spot,
     tree: OwnedFd,
 ) -> Result<(), ViewError> {
     let bind = open.bind;
     let target = match spot {
-        Spot::At(path) => inside(root, path, OFlags::PATH),
-        Spot::Below { bound } => match inside(root, &bind.target, OFlags::PATH) {
-            Err(Errno::NOENT) => {
+        Spot::At(path) => {
+            inside(root, path, OFlags::PATH).map_err(at("open the mount point", &bind.target))?
+        }
+        Spot::Below { bound } => match opener.inside(root, &bind.target) {
+            Ok(target) => target,
+            Err(e) if e.is_absent() => {
                 return Err(ViewError::Foreign {
                     what: bind.what,
                     target: bind.target.clone(),
                     bound: bound.clone(),
                 });
             }
-            other => other,
+            Err(source) => {
+                return Err(ViewError::Source {
+                    what: bind.what,
+                    path: bind.target.clone(),
+                    source,
+                });
+            }
         },
     };
-    let target = target.map_err(at("open the mount point", &bind.target))?;
     let there = fstat(&target).map_err(at("look at", &bind.target))?;
     if !matches!(bind.kind, Kind::System | Kind::Devices) && !bind.read_only {
         let source = fstat(&open.source).map_err(at("look at", &bind.source))?;

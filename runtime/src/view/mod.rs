@@ -90,7 +90,7 @@ pub fn build(
     skeleton::copy_root(stage.upper(), image.as_fd())?;
     let root = stage.root_over(image)?;
     for ((open, spot), tree) in binds.iter().zip(trees) {
-        bind::attach(root.as_fd(), open, spot, tree)?;
+        bind::attach(root.as_fd(), &mut opener, open, spot, tree)?;
     }
 
     let namespace = open(
