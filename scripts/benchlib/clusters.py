@@ -1,5 +1,6 @@
 """Clusters for benchmarks, by way of scripts/cluster."""
 
+import contextlib
 import os
 import pwd
 import subprocess
@@ -31,6 +32,19 @@ class Cluster:
         if done.returncode != 0:
             raise SystemExit(f"bench: '{' '.join(map(str, argv))}' failed: {done.stderr.strip()}")
         return done.stdout.strip()
+
+    @contextlib.contextmanager
+    def running_step(self, *words):
+        """A step that runs for as long as the block does."""
+        argv = ["srun", *words, "sh", "-c", "echo up; exec sleep 3600"]
+        with subprocess.Popen([str(word) for word in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              **self.as_user) as step:
+            try:
+                if step.stdout.readline().strip() != b"up":
+                    raise SystemExit(f"bench: '{' '.join(argv)}' did not start")
+                yield
+            finally:
+                step.terminate()
 
     def push(self, image, name):
         """Pushes one of scripts/demo-image's images; its reference."""

@@ -56,6 +56,18 @@ def measure(runs, ours, bare, unguarded, prolog):
         srun("container python", container, "python3", "-c", IMPORT),
         srun("srun ch-run", "ch-run", file, "--", "python3", "-c", IMPORT),
     )
+    # A job whose script runs in the image, and starts steps: the node has the image mounted already.
+    say("the same while another step of the image runs on the node")
+    with ours.running_step(container):
+        plain_held, inside_held, peer_held = group(
+            srun("srun true", "true"),
+            srun("container", container, "true"),
+            srun("srun ch-run", "ch-run", file, "--", "true"),
+        )
+        python_held, peer_python_held = group(
+            srun("container python", container, "python3", "-c", IMPORT),
+            srun("srun ch-run", "ch-run", file, "--", "python3", "-c", IMPORT),
+        )
     rows = [
         against("srun true, plugin loaded", alone, none),
         added("plugin adds to srun true", alone, none, other, "TaskProlog=/bin/true adds", bar=("value", 1.0)),
@@ -66,5 +78,8 @@ def measure(runs, ours, bare, unguarded, prolog):
         added("container adds to srun -n8 true", inside8, plain8, peer8, "ch-run adds"),
         against("srun -n8 --container IMG true", inside8, peer8),
         against("python3, numpy and scipy", python, peer_python, bar=("ratio", 0.6)),
+        added("image in use: container adds to srun true", inside_held, plain_held, peer_held, "ch-run adds",
+              bar=("value", 8.0)),
+        against("image in use: python3, numpy and scipy", python_held, peer_python_held, bar=("ratio", 0.6)),
     ]
     return rows, {"slurm": version("srun", "--version"), "ch-run": version("ch-run", "--version")}
