@@ -177,9 +177,11 @@ struct Farm {
 impl Farm {
     fn link(&mut self, path: &Path, replace: bool) {
         let below = |path: &Path| Path::new(FARM).join(path.strip_prefix("/").unwrap_or(path));
-        let Some(folder) = path.parent().filter(|_| path.exists()) else {
+        // Links of the node's would lead to names of the image's.
+        let Ok(real) = path.canonicalize() else {
             return;
         };
+        let Some(folder) = real.parent() else { return };
         if !self.binds.iter().any(|bind| bind.source == folder) {
             self.binds.push(Bind {
                 target: below(folder),
@@ -189,7 +191,7 @@ impl Farm {
         }
         self.links.push(Link {
             path: path.to_owned(),
-            to: below(path),
+            to: below(&real),
             replace,
         });
     }
