@@ -1,5 +1,6 @@
 //! `berth-fuse`: mounts an image through our own reader.
 
+mod given;
 mod lazy;
 
 use std::fs::File;
@@ -42,7 +43,19 @@ enum Verb {
         /// An existing folder.
         folder: PathBuf,
     },
-    /// Serve a connection that the holder keeps: started by `mount`.
+    /// Serve an image on a connection that the other end of a socket makes and sends: for runtimes.
+    #[command(hide = true)]
+    Hold {
+        #[command(flatten)]
+        serving: Serving,
+        #[command(flatten)]
+        lazy: Lazy,
+        #[arg(long)]
+        channel: RawFd,
+        #[arg(long)]
+        image: Option<RawFd>,
+    },
+    /// Serve a connection that a holder keeps: started by `mount` and `hold`.
     #[command(hide = true)]
     Serve {
         #[command(flatten)]
@@ -91,6 +104,12 @@ fn main() -> ExitCode {
             image,
             folder,
         } => run_mount(serving, &lazy, &image, &folder),
+        Verb::Hold {
+            serving,
+            lazy,
+            channel,
+            image,
+        } => given::run(serving, &lazy, channel, image),
         Verb::Serve {
             serving,
             lazy,
@@ -102,16 +121,21 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut line = format!("berth: {error}");
-            let mut cause = error.source();
-            while let Some(source) = cause {
-                line.push_str(&format!(": {source}"));
-                cause = source.source();
-            }
-            eprintln!("{line}");
+            eprintln!("berth: {}", told(error.as_ref()));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and what is behind it, as one line.
+fn told(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        line.push_str(&format!(": {source}"));
+        cause = source.source();
+    }
+    line
 }
 
 fn run_mount(serving: Serving, lazy: &Lazy, image: &Path, folder: &Path) -> Result<(), Failure> {
@@ -135,13 +159,23 @@ fn run_mount(serving: Serving, lazy: &Lazy, image: &Path, folder: &Path) -> Resu
         Err(_) if !rustix::process::geteuid().is_root() => mount::by_helper(folder)?,
         Err(error) => return Err(error.into()),
     };
+    println!("mounted");
+    keep(serving, lazy, device, file.map(OwnedFd::from))
+}
+
+/// Keeps a connection alive, and a server on it, until what is mounted on it is gone.
+fn keep(
+    serving: Serving,
+    lazy: &Lazy,
+    device: OwnedFd,
+    image: Option<OwnedFd>,
+) -> Result<(), Failure> {
     let held = Held {
         device,
         slots: slots::create()?,
-        image: file.map(OwnedFd::from),
+        image,
     };
     let descriptors = held.arguments()?;
-    println!("mounted");
     let own = std::env::current_exe()?;
     let status = hold(
         || {

@@ -1,0 +1,82 @@
+//! `berth-fuse hold`: serves an image to whoever has the other end of a socket, who makes the mount.
+//!
+//! A runtime that mounts in a user namespace must open `/dev/fuse` there, and must have no server among its own
+//! processes' children. So it starts this first, with the image and one end of a `SOCK_SEQPACKET` pair:
+//!
+//! 1. from here one packet: `k` when the image can be served, `e` and a line of text when it cannot;
+//! 2. to here one packet with the descriptor of a connection, which is served until its mount is gone.
+//!
+//! When the other end is closed before that, this ends. The other end is free to end after it.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{OwnedFd, RawFd};
+
+use berth_fuse::fs::ImageFs;
+use berth_squashfs::read::{CacheSizes, Reader};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendFlags, recvmsg,
+    sendmsg,
+};
+
+use crate::lazy::Lazy;
+use crate::{Failure, Serving, inherited, keep};
+
+/// Answers on `channel`, waits for the connection, and serves it.
+pub fn run(
+    serving: Serving,
+    lazy: &Lazy,
+    channel: RawFd,
+    image: Option<RawFd>,
+) -> Result<(), Failure> {
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
+    let channel = inherited(channel)?;
+    let image = image.map(inherited).transpose()?;
+    let said = match check(serving, lazy, image.as_ref()) {
+        Ok(()) => "k".to_owned(),
+        Err(error) => format!("e{}", crate::told(error.as_ref())),
+    };
+    say(&channel, said.as_bytes())?;
+    match connection(&channel)? {
+        Some(device) => {
+            drop(channel);
+            keep(serving, lazy, device, image)
+        }
+        None => Ok(()),
+    }
+}
+
+/// Whether there is an image to serve.
+fn check(serving: Serving, lazy: &Lazy, image: Option<&OwnedFd>) -> Result<(), Failure> {
+    let copy = image.map(OwnedFd::try_clone).transpose()?;
+    let source = lazy.open(copy, serving.deadline())?;
+    ImageFs::new(Reader::open(source, CacheSizes::default())?)?;
+    Ok(())
+}
+
+fn say(channel: &OwnedFd, bytes: &[u8]) -> Result<(), Errno> {
+    let parts = [IoSlice::new(bytes)];
+    let mut nothing = SendAncillaryBuffer::default();
+    sendmsg(channel, &parts, &mut nothing, SendFlags::NOSIGNAL).map(drop)
+}
+
+/// The descriptor that comes; `None` when the other end is closed instead.
+fn connection(channel: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
+    let mut byte = [0u8; 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    loop {
+        let parts = &mut [IoSliceMut::new(&mut byte)];
+        match recvmsg(channel, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            Err(Errno::CONNRESET) => return Ok(None),
+            Err(errno) => return Err(errno),
+            Ok(_) => break,
+        }
+    }
+    Ok(control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    }))
+}
