@@ -73,6 +73,7 @@ impl Config {
         for (key, socket) in [
             ("api.socket", &self.api.socket),
             ("seal.socket", &self.seal.socket),
+            ("node.service.socket", &self.node.service.socket),
         ] {
             wrong(relative(socket), key, "must be an absolute path");
             wrong(
@@ -122,6 +123,25 @@ impl Config {
             "must be at least 1",
         );
         wrong(self.node.wait_s == 0, "node.wait_s", "must be at least 1");
+        let service = &self.node.service;
+        wrong(
+            relative(&service.cache_dir),
+            "node.service.cache_dir",
+            "must be an absolute path",
+        );
+        wrong(
+            service.user.is_empty() || service.user == "root" || service.user == "0",
+            "node.service.user",
+            "must be a user of its own, not root",
+        );
+        wrong(
+            service
+                .proxy
+                .as_deref()
+                .is_some_and(|p| !p.starts_with("http://")),
+            "node.service.proxy",
+            "must start with http://",
+        );
         wrong(
             self.node
                 .binds

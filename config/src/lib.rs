@@ -10,6 +10,6 @@ mod sections;
 pub use check::Problem;
 pub use load::{ConfigError, DEFAULT_PATH};
 pub use sections::{
-    Api, Compression, Config, Convert, Daemon, Limits, LogFormat, Node, Ownership, RegistrySite,
-    Seal, SiteBind, Slurm, Store,
+    Api, Compression, Config, Convert, Daemon, Limits, LogFormat, MountMode, Node, NodeService,
+    Ownership, RegistrySite, Seal, ServeMode, SiteBind, Slurm, Store,
 };

@@ -183,9 +183,54 @@ pub struct Node {
     pub user_mounts: bool,
     /// Bind the user's home directory. Default true.
     pub home: bool,
+    /// How jobs get images: `auto` (the kernel's driver where the store has the file, else on demand), `kernel` or
+    /// `lazy`. Default `auto`.
+    pub mount: MountMode,
     /// Folders of the node that every container gets.
     pub binds: Vec<SiteBind>,
     pub slurm: Slurm,
+    pub service: NodeService,
+}
+
+/// How jobs get images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MountMode {
+    Auto,
+    Kernel,
+    Lazy,
+}
+
+/// `[node.service]`: `berth-node`, which keeps mounts between jobs and serves images on demand.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NodeService {
+    /// Default `/run/berth-node/node.sock`, in a folder that only root can change.
+    pub socket: PathBuf,
+    /// Seconds that a mount stays after its last job; 0 keeps none. Default 600.
+    pub keep_s: u64,
+    /// Most mounts kept at a time; the one that was idle longest goes first. Default 16.
+    pub keep_images: usize,
+    /// Whose rights the process that serves images has: a name or a number, nobody else's. Default `berth-fuse`.
+    pub user: String,
+    /// Where bytes fetched on demand stay, on a local disk. Default `/var/cache/berth`.
+    pub cache_dir: PathBuf,
+    /// Most bytes there; 0 is a tenth of its filesystem. Default 0.
+    pub cache_bytes: u64,
+    /// How images are served on demand. Default `filesystem`.
+    pub mode: ServeMode,
+    /// An HTTP proxy to fetch by, as `http://HOST:PORT`. None by default.
+    pub proxy: Option<String>,
+}
+
+/// How images are served on demand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServeMode {
+    /// Berth's own reader answers for each file.
+    Filesystem,
+    /// The image is one file served on demand, which the kernel's SquashFS driver mounts.
+    Block,
 }
 
 /// One of `[[node.binds]]`.
@@ -304,8 +349,25 @@ impl Default for Node {
             writable_bytes: 8 << 30,
             user_mounts: true,
             home: true,
+            mount: MountMode::Auto,
             binds: Vec::new(),
             slurm: Slurm::default(),
+            service: NodeService::default(),
+        }
+    }
+}
+
+impl Default for NodeService {
+    fn default() -> Self {
+        Self {
+            socket: "/run/berth-node/node.sock".into(),
+            keep_s: 600,
+            keep_images: 16,
+            user: "berth-fuse".into(),
+            cache_dir: "/var/cache/berth".into(),
+            cache_bytes: 0,
+            mode: ServeMode::Filesystem,
+            proxy: None,
         }
     }
 }

@@ -10,12 +10,16 @@
 //! read-only, ends where the SquashFS part ends, and vanishes with its last user (`LO_FLAGS_AUTOCLEAR`), so a killed
 //! process leaves nothing behind.
 //!
+//! [`keeper`] is how to ask the node service for a mount that is there already.
+//!
 //! The kernel's SquashFS driver must never see bytes that a user could have written. That is the caller's promise: check
 //! the sealed record before calling.
 
 mod error;
+pub mod keeper;
 mod lock;
 mod loopdev;
+pub mod packets;
 mod squashfs;
 mod sys;
 
