@@ -54,7 +54,7 @@ pub fn ref_entry(reference: &ImageRef) -> PathBuf {
 
 /// What the name of an image's folder says: `<64 hex>-<os>-<architecture>[-<variant>]`.
 pub fn parse_image_dir(name: &str) -> Option<(Digest, Platform)> {
-    let (hex, platform) = name.split_once('-')?;
+    let (hex, platform) = name.split_once('-').filter(|_| !name.contains('/'))?;
     Some((
         Digest::from_hex(hex).ok()?,
         platform.replace('-', "/").parse().ok()?,
@@ -109,6 +109,12 @@ mod tests {
         ] {
             assert_eq!(parse_data_path(store, &path), None, "{}", path.display());
         }
+    }
+
+    #[test]
+    fn an_image_folder_is_one_folder() {
+        let name = format!("{}-linux/amd64", Digest::of(b"x").hex());
+        assert_eq!(parse_image_dir(&name), None);
     }
 
     #[test]

@@ -1,0 +1,33 @@
+//! The targets.
+
+mod decode;
+mod envelope;
+mod layers;
+mod manifest;
+mod merge;
+mod reference;
+mod squashfs;
+mod tar;
+
+/// Layers byte by byte, as convert's own tests write them.
+#[path = "../../../convert/tests/common/mod.rs"]
+pub(crate) mod build;
+
+/// One thing to fuzz.
+pub struct Target {
+    pub name: &'static str,
+    pub run: fn(&[u8]),
+    /// Inputs to begin with, besides those below `fuzz/seeds/` and `fuzz/regressions/`.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+}
+
+pub const ALL: &[Target] = &[
+    tar::TARGET,
+    decode::TARGET,
+    layers::TARGET,
+    merge::TARGET,
+    squashfs::TARGET,
+    manifest::TARGET,
+    envelope::TARGET,
+    reference::TARGET,
+];
