@@ -14,6 +14,7 @@ use crate::abi::{Attr, ENTRY_OUT, Put, ROOT_ID, dirent_len};
 pub struct ImageFs<S> {
     reader: Reader<S>,
     root: MetaRef,
+    owner: Option<(u32, u32)>,
 }
 
 /// Positions of a listing's entries come after those of `.` and `..`.
@@ -23,7 +24,17 @@ impl<S: ReadAt> ImageFs<S> {
     /// Serves what `reader` reads. Fails if the image has no root folder.
     pub fn new(reader: Reader<S>) -> Result<Self, ReadError> {
         let root = reader.root()?.reference;
-        Ok(Self { reader, root })
+        Ok(Self {
+            reader,
+            root,
+            owner: None,
+        })
+    }
+
+    /// The same with this user and group as the owner of everything: for a user namespace that has no others.
+    #[must_use]
+    pub fn owned_by(self, owner: Option<(u32, u32)>) -> Self {
+        Self { owner, ..self }
     }
 
     /// The image.
@@ -47,6 +58,23 @@ impl<S: ReadAt> ImageFs<S> {
         self.reader.inode(reference).map_err(errno)
     }
 
+    fn attr(&self, inode: &Inode) -> Attr {
+        let (uid, gid) = self.owner.unwrap_or((inode.uid, inode.gid));
+        Attr {
+            ino: u64::from(inode.number),
+            size: inode.size(),
+            mtime: u64::from(inode.mtime),
+            mode: inode.mode(),
+            nlink: inode.nlink(),
+            uid,
+            gid,
+            rdev: match inode.file_type() {
+                InodeType::BlockDevice | InodeType::CharDevice => inode.rdev(),
+                _ => 0,
+            },
+        }
+    }
+
     /// The node of `name` in the folder `parent`, and its attributes; `None` if there is no such name.
     pub fn lookup(&self, parent: u64, name: &[u8]) -> Result<Option<(u64, Attr)>, Errno> {
         let parent = self.inode(parent)?;
@@ -54,12 +82,12 @@ impl<S: ReadAt> ImageFs<S> {
             return Ok(None);
         };
         let inode = self.reader.inode(entry.inode).map_err(errno)?;
-        Ok(Some((self.node(entry.inode), attr(&inode))))
+        Ok(Some((self.node(entry.inode), self.attr(&inode))))
     }
 
     /// A node's attributes.
     pub fn getattr(&self, node: u64) -> Result<Attr, Errno> {
-        Ok(attr(&self.inode(node)?))
+        Ok(self.attr(&self.inode(node)?))
     }
 
     /// A symbolic link's target.
@@ -113,7 +141,7 @@ impl<S: ReadAt> ImageFs<S> {
             }
             if plus {
                 let inode = self.reader.inode(entry.inode).map_err(errno)?;
-                out.entry_out(Some((self.node(entry.inode), attr(&inode))));
+                out.entry_out(Some((self.node(entry.inode), self.attr(&inode))));
             }
             out.dirent(
                 u64::from(entry.number),
@@ -172,22 +200,6 @@ impl<S: ReadAt> ImageFs<S> {
             out.u32(value);
         }
         out.resize(out.len() + 28, 0);
-    }
-}
-
-fn attr(inode: &Inode) -> Attr {
-    Attr {
-        ino: u64::from(inode.number),
-        size: inode.size(),
-        mtime: u64::from(inode.mtime),
-        mode: inode.mode(),
-        nlink: inode.nlink(),
-        uid: inode.uid,
-        gid: inode.gid,
-        rdev: match inode.file_type() {
-            InodeType::BlockDevice | InodeType::CharDevice => inode.rdev(),
-            _ => 0,
-        },
     }
 }
 

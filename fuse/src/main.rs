@@ -79,6 +79,15 @@ struct Serving {
     /// Seconds after which a request that was not answered fails.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     deadline: u32,
+    /// Show everything as owned by this user and group.
+    #[arg(long, value_name = "UID:GID", value_parser = parse_owner)]
+    owner: Option<(u32, u32)>,
+}
+
+fn parse_owner(text: &str) -> Result<(u32, u32), String> {
+    let numbers = text.split_once(':');
+    let parsed = numbers.and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
+    parsed.ok_or_else(|| "not UID:GID".to_owned())
 }
 
 impl Serving {
@@ -185,7 +194,12 @@ fn keep(
                 .args(&descriptors)
                 .args(lazy.arguments())
                 .args(["--threads", &serving.threads.to_string()])
-                .args(["--deadline", &serving.deadline.to_string()]);
+                .args(["--deadline", &serving.deadline.to_string()])
+                .args(
+                    serving
+                        .owner
+                        .map(|(uid, gid)| format!("--owner={uid}:{gid}")),
+                );
             command
         },
         |server| tracing::info!(pid = server.id(), "serving"),
@@ -213,7 +227,7 @@ fn run_serve(
         deadline: serving.deadline(),
     };
     serve(
-        Arc::new(ImageFs::new(reader)?),
+        Arc::new(ImageFs::new(reader)?.owned_by(serving.owner)),
         device,
         slots::map(slots)?,
         options,

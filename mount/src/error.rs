@@ -72,7 +72,7 @@ pub enum MountError {
 }
 
 /// A system error in the system's words, without its number.
-fn plain(error: &io::Error) -> String {
+pub(crate) fn plain(error: &io::Error) -> String {
     let text = error.to_string();
     match text.split_once(" (os error") {
         Some((words, _)) => words.to_lowercase(),

@@ -12,10 +12,13 @@
 //!
 //! [`keeper`] is how to ask the node service for a mount that is there already.
 //!
+//! [`fuse`] mounts what a process serves.
+//!
 //! The kernel's SquashFS driver must never see bytes that a user could have written. That is the caller's promise: check
 //! the sealed record before calling.
 
 mod error;
+pub mod fuse;
 pub mod keeper;
 mod lock;
 mod loopdev;

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use berth_config::SiteBind;
+use berth_config::{Node, SiteBind};
 use thiserror::Error;
 
 use crate::text::one_line;
@@ -78,7 +78,7 @@ fn path(bytes: &[u8]) -> PathBuf {
 }
 
 /// A bind of the site's.
-pub(crate) fn of_site(bind: &SiteBind) -> Bind {
+fn of_site(bind: &SiteBind) -> Bind {
     let target = bind.target.clone().unwrap_or_else(|| bind.source.clone());
     Bind {
         what: "the site's bind",
@@ -93,8 +93,33 @@ pub(crate) fn of_site(bind: &SiteBind) -> Bind {
     }
 }
 
+/// All binds of a view, in order: the node's own folders, Slurm's client, the home folder, the site's, the folder `cwd`
+/// where the image has none, the user's.
+pub(crate) fn of_view(
+    node: &Node,
+    slurm: &[Bind],
+    home: &Path,
+    cwd: &Path,
+    users: &[Bind],
+) -> Vec<Bind> {
+    let names_one = |path: &Path| path.is_absolute() && path != Path::new("/");
+    let mut binds: Vec<Bind> = of_system().into();
+    binds.extend(slurm.iter().cloned());
+    if node.home && names_one(home) {
+        let what = "the home folder";
+        binds.push(own_path(what, home, Kind::Ordinary, IfAbsent::SkipAny));
+    }
+    binds.extend(node.binds.iter().map(of_site));
+    if names_one(cwd) {
+        let what = "the job's folder";
+        binds.push(own_path(what, cwd, Kind::Fallback, IfAbsent::SkipAny));
+    }
+    binds.extend(users.iter().cloned());
+    binds
+}
+
 /// The node's own folders that every container gets.
-pub(crate) fn of_system() -> [Bind; 4] {
+fn of_system() -> [Bind; 4] {
     let bind = |path: &'static str, kind| Bind {
         what: path,
         ..own_path(path, Path::new(path), kind, IfAbsent::Fail)

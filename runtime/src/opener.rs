@@ -19,7 +19,7 @@ use thiserror::Error;
 use crate::channel::Channel;
 use crate::sys::{self, Child};
 use crate::text::plain;
-use crate::user::User;
+use crate::user::{self, User};
 
 /// How long one path may take to open.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -71,23 +71,34 @@ enum Ask {
 #[derive(Debug)]
 pub(crate) struct Opener {
     channel: Channel,
-    _child: Child,
+    child: Child,
     dead: bool,
 }
 
 impl Opener {
     /// Starts the child in this process's mount namespace.
     pub(crate) fn start(user: &User) -> io::Result<Opener> {
+        Opener::start_after(|| user.become_for_good())
+    }
+
+    /// The same where this process is the user already.
+    pub(crate) fn start_as_is() -> io::Result<Opener> {
+        Opener::start_after(user::stay_for_good)
+    }
+
+    fn start_after(change: impl FnOnce() -> io::Result<()>) -> io::Result<Opener> {
         let (ours, theirs) = Channel::pair()?;
-        let child = sys::fork(|| match serve(user, &theirs) {
-            Ok(()) => 0,
-            Err(_) => 1,
-        })?;
+        let child = sys::fork(|| i32::from(serve(change, &theirs).is_err()))?;
         Ok(Opener {
             channel: ours,
-            _child: child,
+            child,
             dead: false,
         })
+    }
+
+    /// Ends the child, and waits for that.
+    pub(crate) fn end(self) {
+        self.child.end();
     }
 
     /// Opens each path, whatever it is, for use as a place (`O_PATH`). Answers come in the order of the questions.
@@ -181,10 +192,10 @@ impl Answer {
 }
 
 /// The child's life. It owns no descriptor but `channel`, which it takes over.
-fn serve(user: &User, channel: &Channel) -> io::Result<()> {
+fn serve(change: impl FnOnce() -> io::Result<()>, channel: &Channel) -> io::Result<()> {
     let channel = Channel::from_fd(sys::close_all_but(channel.as_fd())?);
     sys::die_after(LIFETIME_SECONDS);
-    user.become_for_good()?;
+    change()?;
     rustix::process::chdir("/")?;
     while let Some(packet) = channel.receive()? {
         let Some((ask, path)) = packet.bytes.split_first() else {

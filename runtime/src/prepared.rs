@@ -110,18 +110,8 @@ impl Prepared {
         cwd: &Path,
     ) -> Result<ViewSpec, Refusal> {
         let node = &self.config.node;
-        let mut binds: Vec<Bind> = mounts::of_system().into();
-        binds.extend(self.slurm_binds.iter().cloned());
-        if node.home && account.home.is_absolute() && account.home != Path::new("/") {
-            let (what, home) = ("the home folder", &account.home);
-            binds.push(own_path(what, home, Kind::Ordinary, IfAbsent::SkipAny));
-        }
-        binds.extend(node.binds.iter().map(mounts::of_site));
-        if cwd.is_absolute() && cwd != Path::new("/") {
-            let what = "the job's folder";
-            binds.push(own_path(what, cwd, Kind::Fallback, IfAbsent::SkipAny));
-        }
-        binds.extend(self.user_binds.iter().cloned());
+        let (slurm, users) = (&self.slurm_binds, &self.user_binds);
+        let mut binds = mounts::of_view(node, slurm, &account.home, cwd, users);
         let scripts = self.job.script.iter().map(|s| ("the batch script", s));
         let prologs = self.job.prologs.iter().map(|p| ("Slurm's script", p));
         for (what, path) in scripts.chain(prologs) {

@@ -27,6 +27,26 @@ impl Child {
     }
 }
 
+impl Child {
+    /// Ends it, and waits until it is gone.
+    pub(crate) fn end(self) {
+        let _ = kill_process(self.pid, Signal::KILL);
+        let _ = waitpid(Some(self.pid), WaitOptions::empty());
+        std::mem::forget(self);
+    }
+
+    /// Waits until it has ended by itself.
+    pub(crate) fn wait(self) {
+        while let Err(Errno::INTR) = waitpid(Some(self.pid), WaitOptions::empty()) {}
+        std::mem::forget(self);
+    }
+
+    /// Lets it live on by itself.
+    pub(crate) fn let_go(self) {
+        std::mem::forget(self);
+    }
+}
+
 impl Drop for Child {
     fn drop(&mut self) {
         let _ = kill_process(self.pid, Signal::KILL);
@@ -74,6 +94,33 @@ pub(crate) fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(PLACE) })
 }
 
+/// Closes every descriptor of this process but 0, 1, 2 and `kept`, which the next program inherits. For a fresh child
+/// only: whatever else owned a descriptor must not be used or dropped any more.
+pub(crate) fn keep_for_exec(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut numbers: Vec<u32> = Vec::with_capacity(kept.len());
+    for fd in kept {
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
+        numbers.push(fd.as_raw_fd().unsigned_abs());
+    }
+    numbers.sort_unstable();
+    let mut first = 3;
+    for last in numbers
+        .into_iter()
+        .filter(|n| *n > 2)
+        .map(|n| n - 1)
+        .chain([u32::MAX])
+    {
+        if first <= last {
+            // SAFETY: closes numbers only; the caller gave up every owner of them.
+            if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        first = last.saturating_add(2);
+    }
+    Ok(())
+}
+
 /// Lets the kernel end this process after so many seconds, whatever it is doing then.
 pub(crate) fn die_after(seconds: u32) {
     // SAFETY: no memory is involved; SIGALRM has its default action, which ends the process.
@@ -97,6 +144,18 @@ pub(crate) fn inherited(number: i32) -> io::Result<OwnedFd> {
     }
     // SAFETY: it is open, came from the program that started this one, and is asked for once.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Ends standard output and standard error for whoever reads them: both become /dev/null.
+pub(crate) fn end_output() {
+    // SAFETY: plain numbers; nobody owns 1 and 2 as values, and both stay open.
+    unsafe {
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        if null >= 0 {
+            libc::dup2(null, 1);
+            libc::dup2(null, 2);
+        }
+    }
 }
 
 /// `struct mount_attr` of mount_setattr(2).

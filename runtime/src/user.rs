@@ -33,9 +33,43 @@ pub(crate) fn be_root_alone() -> io::Result<()> {
     Ok(())
 }
 
+/// Lets go of every capability, since root on a node is not to mean more than the files say, and of the ways to get
+/// one; nobody but root can trace this process, and it ends with its parent.
+pub(crate) fn stay_for_good() -> io::Result<()> {
+    drop_privileges()?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    // After the change of identity, which clears it.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    Ok(())
+}
+
+/// Lets go of every capability, and of what an exec could give.
+pub(crate) fn drop_privileges() -> io::Result<()> {
+    // The kernel emptied them at a change of identity, unless the user is root.
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets {
+        effective: none,
+        permitted: none,
+        inheritable: none,
+    };
+    rustix::thread::set_capabilities(None, sets)?;
+    rustix::thread::set_no_new_privs(true)?;
+    Ok(())
+}
+
 impl User {
+    /// Whoever this process is.
+    pub(crate) fn own() -> io::Result<User> {
+        let groups = rustix::process::getgroups()?;
+        Ok(User {
+            uid: rustix::process::getuid().as_raw(),
+            gid: rustix::process::getgid().as_raw(),
+            groups: groups.into_iter().map(Gid::as_raw).collect(),
+        })
+    }
+
     /// Turns this process wholly into the user: no identity, capability or group of root's is left, none can come
-    /// back, and the user cannot trace it. There is no way back.
+    /// back, the user cannot trace it, and it ends with its parent. There is no way back.
     pub(crate) fn become_for_good(&self) -> io::Result<()> {
         let raw = |id: u32| {
             (id != u32::MAX)
@@ -51,19 +85,7 @@ impl User {
         rustix::thread::set_thread_groups(&groups)?;
         rustix::thread::set_thread_res_gid(gid, gid, gid)?;
         rustix::thread::set_thread_res_uid(uid, uid, uid)?;
-        // The kernel emptied them unless the user is root, and root on a node is not to mean more than the files say.
-        let none = CapabilitySet::empty();
-        let sets = CapabilitySets {
-            effective: none,
-            permitted: none,
-            inheritable: none,
-        };
-        rustix::thread::set_capabilities(None, sets)?;
-        rustix::thread::set_no_new_privs(true)?;
-        rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-        // After the change of identity, which clears it.
-        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-        Ok(())
+        stay_for_good()
     }
 
     /// Asks the account database, as whoever this process is, for this user and for `others`. Users it does not know

@@ -27,10 +27,11 @@ pub(super) struct Stage {
     layer: OwnedFd,
     upper: OwnedFd,
     writable: bool,
+    unprivileged: bool,
 }
 
 impl Stage {
-    pub(super) fn new(writable_bytes: Option<u64>) -> Result<Stage, ViewError> {
+    pub(super) fn new(writable_bytes: Option<u64>, unprivileged: bool) -> Result<Stage, ViewError> {
         let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(step("open tmpfs"))?;
         let bytes = LAYER_BYTES + writable_bytes.unwrap_or(0);
         // A file costs memory whatever its size.
@@ -60,6 +61,7 @@ impl Stage {
             layer,
             upper,
             writable,
+            unprivileged,
         })
     }
 
@@ -88,6 +90,10 @@ impl Stage {
         if self.writable {
             set("upperdir", "upper").map_err(step("stack the writable layer"))?;
             set("workdir", "work").map_err(step("stack the writable layer"))?;
+            if self.unprivileged {
+                // Only root may keep `trusted.` attributes.
+                fsconfig_set_flag(&context, "userxattr").map_err(step("set up the overlay"))?;
+            }
         } else {
             attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
             fsconfig_set_flag(&context, "ro").map_err(step("make the overlay read-only"))?;

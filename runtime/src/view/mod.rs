@@ -71,7 +71,32 @@ pub fn build(
         let _ = owner::give_to(&spec.user, image.as_fd());
     }
     let mut opener = Opener::start(&spec.user).map_err(ViewError::Opener)?;
-    let opened = bind::open_sources(&spec.binds, &mut opener)?;
+    let view = put_together(spec, image, &mut opener, false)?;
+    std::mem::forget(opener);
+    Ok(view)
+}
+
+/// Builds the view in this process's own mount namespace, which is in a user namespace of the user's own, and enters
+/// it; gives the working directory, which is left to be entered. `image` as in [`build`].
+///
+/// # Errors
+/// [`ViewError`]; the process is of no use then.
+pub(crate) fn build_here(spec: &ViewSpec, image: OwnedFd) -> Result<PathBuf, ViewError> {
+    let mut opener = Opener::start_as_is().map_err(ViewError::Opener)?;
+    let view = put_together(spec, image, &mut opener, true)?;
+    opener.end();
+    Ok(view.cwd)
+}
+
+/// From an image and opened sources to this namespace's new root. `unprivileged` where only a user namespace gives the
+/// right to mount.
+fn put_together(
+    spec: &ViewSpec,
+    image: OwnedFd,
+    opener: &mut Opener,
+    unprivileged: bool,
+) -> Result<View, ViewError> {
+    let opened = bind::open_sources(&spec.binds, opener)?;
     let mut atlas = Atlas::new(image.as_fd());
     let mut binds: Vec<(OpenBind<'_>, Spot)> = Vec::with_capacity(opened.len());
     for open in opened {
@@ -82,15 +107,15 @@ pub fn build(
     for link in &spec.links {
         atlas.link(link);
     }
-    let files = generated::files(spec, &atlas, image.as_fd(), &mut opener)?;
+    let files = generated::files(spec, &atlas, image.as_fd(), opener)?;
     let trees = bind::clone_trees(&binds)?;
 
-    let stage = Stage::new(spec.writable_bytes)?;
+    let stage = Stage::new(spec.writable_bytes, unprivileged)?;
     skeleton::make(stage.skeleton(), image.as_fd(), atlas.missing(), &files)?;
     skeleton::copy_root(stage.upper(), image.as_fd())?;
     let root = stage.root_over(image)?;
     for ((open, spot), tree) in binds.iter().zip(trees) {
-        bind::attach(root.as_fd(), &mut opener, open, spot, tree)?;
+        bind::attach(root.as_fd(), opener, open, spot, tree)?;
     }
 
     let namespace = open(
@@ -100,9 +125,9 @@ pub fn build(
     )
     .map_err(step("open the new mount namespace"))?;
     assemble::change_root(root)?;
-    let cwd = working_directory(spec, &mut opener)?;
-    // Closing some thirty descriptors would keep the task waiting; this process ends with its answer.
-    std::mem::forget((binds, opener));
+    let cwd = working_directory(spec, opener)?;
+    // Closing some thirty descriptors would keep the task waiting; this process ends with its answer, or execs.
+    std::mem::forget(binds);
     Ok(View { namespace, cwd })
 }
 

@@ -71,7 +71,11 @@ fn copy_looks(layer: BorrowedFd<'_>, image: BorrowedFd<'_>, path: &Path) -> Resu
     if let Ok(original) = inside(image, path, flags) {
         let stat = fstat(original)?;
         let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-        chownat(layer, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+        match chownat(layer, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW) {
+            // In a user namespace there may be no such owner.
+            Err(Errno::PERM | Errno::INVAL) => {}
+            other => other?,
+        }
         chmodat(
             layer,
             path,

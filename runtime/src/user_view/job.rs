@@ -1,0 +1,28 @@
+//! What `berth` tells `berth-runtime user`: JSON in a file that it inherits.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A command in an image, for the user who asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UserJob {
+    /// The site's configuration; `None` for the defaults.
+    pub config: Option<PathBuf>,
+    /// The image, for messages.
+    pub name: String,
+    /// Number of the descriptor of the image's SquashFS file.
+    pub image: i32,
+    /// The image's variables, `NAME=VALUE`.
+    pub env: Vec<String>,
+    /// The image's own working directory.
+    pub image_cwd: Option<PathBuf>,
+    /// `SRC[:DST[:FLAGS]]` each.
+    pub mounts: Vec<OsString>,
+    pub workdir: Option<PathBuf>,
+    pub writable: bool,
+    /// The command and its arguments; never empty.
+    pub command: Vec<OsString>,
+}

@@ -1,0 +1,150 @@
+//! An image served by `berth-fuse` through FUSE, for a mount that this process makes.
+//!
+//! The server runs outside of this process's namespaces-to-be, and ends when its mount is gone: a process inside would
+//! keep the mount alive that keeps it alive. It is given the image's descriptor, one end of a socket, and nothing else.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::channel::Channel;
+use crate::refusal::{Refusal, code};
+use crate::sys::{self, Child};
+use crate::text::{one_line, plain};
+use crate::user::User;
+
+/// How long the server may take to look at the image.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Who serves an image.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum As<'a> {
+    /// The user who runs this process, by a process that lives on when this one ends or becomes another program.
+    Itself,
+    /// Another user, for a process of root's: nobody who could stop or trace the server has a right to its mount. It
+    /// does not outlive its parent.
+    Other(&'a User),
+}
+
+/// A server that waits for its connection.
+#[derive(Debug)]
+pub(crate) struct Server {
+    channel: Channel,
+    /// The server's keeper, where that is this process's child.
+    keeper: Option<Child>,
+}
+
+impl Server {
+    /// Starts a server for `image`, which it has looked at when this returns. `options` are more of `berth-fuse hold`'s.
+    pub(crate) fn start(
+        image: BorrowedFd<'_>,
+        name: &str,
+        who: As<'_>,
+        options: &[OsString],
+    ) -> Result<Server, Refusal> {
+        let broken = |e: io::Error| {
+            let line = format!("cannot start the server of `{name}`: {}", plain(&e));
+            Refusal::new(code::INTERNAL, line)
+        };
+        let program = program().map_err(broken)?;
+        let (ours, theirs) = Channel::pair().map_err(broken)?;
+        let run = || {
+            let error = become_server(&program, image, &theirs, who, options);
+            let line = format!("ecannot run `{}`: {}", program.display(), plain(&error));
+            let _ = theirs.send(line.as_bytes(), &[]);
+            1
+        };
+        let keeper = match who {
+            As::Other(_) => Some(sys::fork(run).map_err(broken)?),
+            As::Itself => {
+                // Twice, so that it is no child of the program that this process becomes.
+                let between = sys::fork(|| {
+                    let _ = rustix::process::setsid();
+                    match sys::fork(run) {
+                        Ok(server) => server.let_go(),
+                        Err(_) => return 1,
+                    }
+                    0
+                });
+                between.map_err(broken)?.wait();
+                None
+            }
+        };
+        drop(theirs);
+        let packet = ours.receive_until(Instant::now() + PATIENCE);
+        match packet.map(|p| p.map(|p| p.bytes)) {
+            Ok(Some(said)) if said == b"k" => Ok(Server {
+                channel: ours,
+                keeper,
+            }),
+            Ok(Some(said)) => {
+                let why = String::from_utf8_lossy(said.get(1..).unwrap_or_default()).into_owned();
+                let line = format!("cannot use the image `{name}`: {}", one_line(&why));
+                Err(Refusal::new(code::OTHER, line))
+            }
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                let line = format!(
+                    "the filesystem of `{name}` did not answer within {} s",
+                    PATIENCE.as_secs()
+                );
+                Err(Refusal::new(code::UNAVAILABLE, line))
+            }
+            Ok(None) => Err(broken(io::ErrorKind::UnexpectedEof.into())),
+            Err(e) => Err(broken(e)),
+        }
+    }
+
+    /// Makes the connection and its mount, which is attached nowhere, in this process's user namespace; and the keeper
+    /// to hold on to, where there is one.
+    pub(crate) fn mount(self) -> Result<(OwnedFd, Option<Child>), Refusal> {
+        let of_node = |why: String| {
+            Refusal::new(code::INTERNAL, why)
+                .hint("`berth doctor` tells what this machine lacks: /dev/fuse must be there, and open to all")
+        };
+        let device = berth_mount::fuse::open_device().map_err(|e| of_node(e.to_string()))?;
+        let mount =
+            berth_mount::fuse::detached(device.as_fd()).map_err(|e| of_node(e.to_string()))?;
+        let sent = self.channel.send_wait(b"d", &[device.as_fd()]);
+        sent.map_err(|e| of_node(format!("the image's server is gone: {}", plain(&e))))?;
+        Ok((mount, self.keeper))
+    }
+}
+
+/// `berth-fuse` of the same installation.
+fn program() -> io::Result<PathBuf> {
+    Ok(std::env::current_exe()?.with_file_name("berth-fuse"))
+}
+
+/// The life of the child: becomes the server, or gives the reason why not.
+fn become_server(
+    program: &Path,
+    image: BorrowedFd<'_>,
+    channel: &Channel,
+    who: As<'_>,
+    options: &[OsString],
+) -> io::Error {
+    let prepared = || {
+        sys::keep_for_exec(&[image, channel.as_fd()])?;
+        rustix::process::chdir("/")?;
+        match who {
+            As::Itself => Ok(()),
+            As::Other(user) => user.become_for_good(),
+        }
+    };
+    if let Err(error) = prepared() {
+        return error;
+    }
+    Command::new(program)
+        .arg("hold")
+        .args(["--channel", &channel.as_fd().as_raw_fd().to_string()])
+        .args(["--image", &image.as_raw_fd().to_string()])
+        .args(options)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .env_clear()
+        .exec()
+}
