@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 from . import parts
-from .layout import DAEMON_UID, REPOSITORY, SEALER_UID
+from .layout import DAEMON_UID, NODE_UID, REPOSITORY, SEALER_UID
 from .process import Failure
 from .slurm import write
 
@@ -21,6 +21,7 @@ PRODUCTS = {
     "berth-convert": "berth-convert",
     "berth-runtime": "berth-runtime",
     "berth-guard": "berth-guard",
+    "berth-node": "berth-node",
     "libspank_berth.so": "spank_berth.so",
 }
 
@@ -50,10 +51,12 @@ def install(layout):
     if changed & {"berthd", "berth-convert"}:
         for part in (parts.berthd(layout), parts.sealer(layout)):
             part.stop()
+    if changed & {"berth-node"}:
+        parts.node(layout).stop()
 
 
 def start(layout):
-    return [part.name for part in (parts.sealer(layout), parts.berthd(layout)) if part.start()]
+    return [part.name for part in (parts.sealer(layout), parts.berthd(layout), parts.node(layout)) if part.start()]
 
 
 def copy_if_newer(source, target):
@@ -104,6 +107,7 @@ def toml(layout):
                  "state_dir": path("sealer"), "allow_uids": [DAEMON_UID], "spawn": False},
         f'registry."{layout.registry}"': {"plain_http": True},
         "node": {"keys": [path("etc", "site.pub")], "run_dir": path("run", "node")},
+        "node.service": {"socket": layout.node_socket, "user": str(NODE_UID), "cache_dir": path("cache")},
     }
     for address in layout.choices["plain_registries"]:
         sections[f'registry."{address}"'] = {"plain_http": True}

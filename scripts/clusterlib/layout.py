@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CLUSTERS = Path(os.environ.get("BERTH_CLUSTERS", "/var/tmp/berth"))
 FIRST_PORT, LAST_PORT = 20000, 31999  # below the kernel's range for outgoing connections
 # Numbers nobody else uses, without passwd entries: none is needed, and none has to be taken back.
-DAEMON_UID, SEALER_UID, REGISTRY_UID = 64301, 64302, 64303
+DAEMON_UID, SEALER_UID, REGISTRY_UID, NODE_UID = 64301, 64302, 64303, 64304
 
 
 class Layout:
@@ -67,7 +67,8 @@ class Layout:
             for folder in ("", "bin", "etc", "run", "log", "slurmctld", "slurmd"):
                 self.path(folder).mkdir(mode=0o755, exist_ok=True)
             for folder, uid in (("registry", REGISTRY_UID), ("daemon", DAEMON_UID), ("sealer", SEALER_UID),
-                                ("store", SEALER_UID), ("run/daemon", DAEMON_UID), ("run/sealer", SEALER_UID), ("run/node", 0)):
+                                ("store", SEALER_UID), ("run/daemon", DAEMON_UID), ("run/sealer", SEALER_UID), ("run/node", 0),
+                                ("cache", NODE_UID)):
                 self.path(folder).mkdir(mode=0o755, exist_ok=True)
                 os.chown(self.path(folder), uid, uid)
             self.save()
@@ -91,6 +92,10 @@ class Layout:
     @property
     def daemon_socket(self):
         return self.path("run", "daemon", "api.sock")
+
+    @property
+    def node_socket(self):
+        return self.path("run", "node", "node.sock")
 
     def started(self, environment):
         """Whether a process with this environment (a set of b"NAME=VALUE") was started by this cluster: its daemons and

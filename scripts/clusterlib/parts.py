@@ -1,4 +1,4 @@
-"""The processes of a cluster, in the order they start: munged, registry, slurmctld, slurmd, sealer, berthd."""
+"""The processes of a cluster, in the order they start: munged, registry, sealer, berthd, node service, slurmctld, slurmd."""
 
 import http.client
 import os
@@ -76,10 +76,18 @@ def berthd(layout):
     )
 
 
+def node(layout):
+    """One node service for all nodes: they are one machine."""
+    return Process(
+        "node", layout.folder, [layout.path("bin", "berth-node"), "--config", layout.path("etc", "berth.toml")],
+        environment(layout), ready=lambda: is_socket(layout.node_socket) and connects(layout.node_socket, socket.SOCK_SEQPACKET),
+    )
+
+
 def all_parts(layout):
     parts = [munged(layout), registry(layout)]
     if layout.choices["berth"]:
-        parts += [sealer(layout), berthd(layout)]
+        parts += [sealer(layout), berthd(layout), node(layout)]
     return parts + [slurmctld(layout)] + [slurmd(layout, node) for node in layout.nodes]
 
 
@@ -94,8 +102,8 @@ def is_socket(path):
         return False
 
 
-def connects(path):
-    with socket.socket(socket.AF_UNIX) as probe:
+def connects(path, kind=socket.SOCK_STREAM):
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         try:
             probe.connect(str(path))
         except OSError:

@@ -1,0 +1,425 @@
+//! Requests and their answers: one thread for each request, one loop for everything that only waits.
+//!
+//! The loop accepts connections, sees leases end and lets go of what has been unused for long. A request's thread may
+//! wait for a filesystem (the loop driver reads the image); its client stops waiting by its own deadline and mounts by
+//! itself. All state is behind one lock that is never held over a call that could wait.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use berth_config::NodeService;
+use berth_mount::keeper::{
+    Answer, How, Mode, MountRequest, MountStatus, Peer, Request, Status, decode, encode, peer,
+};
+use berth_mount::packets::{Packet, Packets};
+use berth_mount::{ImageFile, LoopDevice};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::Mode as Bits;
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
+};
+
+use crate::den::{Berth, Den};
+use crate::image::Key;
+use crate::setup::{Failure, Prepared};
+use crate::signals::{Bell, Told};
+use crate::table::{Limits, Table};
+
+/// How long a client may take to say what it wants, and to take its answer.
+const SAYING: Duration = Duration::from_secs(5);
+/// How long a request waits for another one that makes the same mount.
+const MAKING: Duration = Duration::from_secs(60);
+/// Requests in work at a time: root's, and each user's.
+const ROOTS: usize = 256;
+const USERS: usize = 4;
+
+/// A mount in the den.
+#[derive(Debug, Clone)]
+struct Kept {
+    berth: Berth,
+    how: How,
+    digest: String,
+    platform: String,
+}
+
+/// A connection whose other end uses a mount.
+#[derive(Debug)]
+struct Lease {
+    connection: OwnedFd,
+    key: Key,
+}
+
+#[derive(Debug)]
+struct State {
+    table: Table<Key, Kept>,
+    /// Mounts that some thread makes now.
+    making: HashSet<Key>,
+    leases: Vec<Arc<Lease>>,
+    /// Requests in work, by who asks.
+    working: HashMap<u32, usize>,
+    draining: bool,
+}
+
+struct Service {
+    prepared: Prepared,
+    den: Den,
+    bell: Bell,
+    state: Mutex<State>,
+    made: Condvar,
+}
+
+/// Serves until it is told to stop.
+pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
+    let limits = limits(prepared.service());
+    let den = Den::new(&prepared.config.node.run_dir)?;
+    let bell = Bell::new()?;
+    raise_descriptors();
+    let socket = prepared.service().socket.clone();
+    let listener = listen_at(&socket)?;
+    let service = Arc::new(Service {
+        prepared,
+        den,
+        bell,
+        state: Mutex::new(State {
+            table: Table::new(limits),
+            making: HashSet::new(),
+            leases: Vec::new(),
+            working: HashMap::new(),
+            draining: false,
+        }),
+        made: Condvar::new(),
+    });
+    tracing::info!(socket = %socket.display(), keep_s = limits.keep.as_secs(), images = limits.images, "ready");
+    while service.turn(&listener)? {}
+    // Who connects from now on mounts without us.
+    let _ = std::fs::remove_file(&socket);
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn limits(service: &NodeService) -> Limits {
+    Limits {
+        keep: Duration::from_secs(service.keep_s),
+        images: service.keep_images,
+    }
+}
+
+/// One descriptor for each step of the node and for each mount: as many as may be.
+fn raise_descriptors() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
+/// Everybody may connect; who it is decides what is answered. An old socket in the way is replaced: the lock says that
+/// nobody serves it.
+fn listen_at(path: &Path) -> Result<OwnedFd, Failure> {
+    let part = path.with_extension("new");
+    let _ = std::fs::remove_file(&part);
+    let made = || -> Result<OwnedFd, Errno> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        bind(&socket, &SocketAddrUnix::new(&part)?)?;
+        rustix::fs::chmod(&part, Bits::from(0o666))?;
+        listen(&socket, 128)?;
+        rustix::fs::rename(&part, path)?;
+        Ok(socket)
+    };
+    made().map_err(|e| Failure::system(&format!("cannot listen at `{}`", path.display()), e))
+}
+
+impl Service {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for one round of events and deals with them; false at the end.
+    fn turn(self: &Arc<Self>, listener: &OwnedFd) -> Result<bool, Failure> {
+        let (leases, timeout) = {
+            let mut state = self.state();
+            self.let_go(&mut state);
+            (state.leases.clone(), state.table.next(Instant::now()))
+        };
+        let timeout = timeout.and_then(|t| Timespec::try_from(t + Duration::from_millis(1)).ok());
+        let mut fds = vec![
+            PollFd::new(&self.bell.read, PollFlags::IN),
+            PollFd::new(listener, PollFlags::IN),
+        ];
+        let of_leases = leases
+            .iter()
+            .map(|l| PollFd::new(&l.connection, PollFlags::IN));
+        fds.extend(of_leases);
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(Failure::system("poll", errno)),
+        }
+        let ended: Vec<&Arc<Lease>> = (fds[2..].iter().zip(&leases))
+            .filter(|(fd, _)| !fd.revents().is_empty())
+            .map(|(_, lease)| lease)
+            .collect();
+        if !ended.is_empty() {
+            let mut state = self.state();
+            let now = Instant::now();
+            for lease in ended {
+                state.leases.retain(|other| !Arc::ptr_eq(other, lease));
+                state.table.release(&lease.key, now);
+            }
+        }
+        if !fds[1].revents().is_empty() {
+            self.accept(listener);
+        }
+        Ok(!self.bell.drain().contains(&Told::Stop))
+    }
+
+    /// Drops what need not be kept.
+    fn let_go(&self, state: &mut State) {
+        for kept in state.table.expired(Instant::now()) {
+            tracing::info!(digest = kept.digest, how = ?kept.how, "let go of an unused mount");
+            self.den.drop_of(kept.berth);
+        }
+    }
+
+    fn accept(self: &Arc<Self>, listener: &OwnedFd) {
+        loop {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let connection = match accept_with(listener, flags) {
+                Ok(connection) => connection,
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN | Errno::CONNABORTED) => return,
+                Err(error) => {
+                    tracing::error!(%error, "cannot accept a connection");
+                    // Out of descriptors or memory: not at full speed.
+                    std::thread::sleep(Duration::from_millis(50));
+                    return;
+                }
+            };
+            let Ok(peer) = peer(&connection) else {
+                continue;
+            };
+            {
+                let mut state = self.state();
+                let working = state.working.entry(peer.uid).or_default();
+                // Hung up on: root's runtime mounts by itself, a user's program says that the service is busy.
+                if *working >= if peer.uid == 0 { ROOTS } else { USERS } {
+                    continue;
+                }
+                *working += 1;
+            }
+            let service = Arc::clone(self);
+            let uid = peer.uid;
+            let thread = std::thread::Builder::new()
+                .name("request".into())
+                .stack_size(256 << 10);
+            let started = thread.spawn(move || {
+                service.serve(Packets::new(connection), &peer);
+                service.done(uid);
+            });
+            if let Err(error) = started {
+                tracing::error!(%error, "cannot start a thread");
+                self.done(uid);
+            }
+        }
+    }
+
+    fn done(&self, uid: u32) {
+        let mut state = self.state();
+        if let Some(working) = state.working.get_mut(&uid) {
+            *working -= 1;
+            if *working == 0 {
+                state.working.remove(&uid);
+            }
+        }
+    }
+
+    /// One request and its answer.
+    fn serve(&self, connection: Packets, peer: &Peer) {
+        let Ok(Some(packet)) = connection.receive(Some(Instant::now() + SAYING)) else {
+            return;
+        };
+        let Packet { bytes, descriptors } = packet;
+        let image = descriptors.into_iter().next();
+        let answered = decode::<Request>(&bytes)
+            .map_err(|why| Failure::new(Failure::INTERNAL, format!("of a request: {why}")))
+            .and_then(|request| self.answer(&request, image, peer));
+        let (answer, given) = match answered {
+            Ok((answer, given)) => (answer, given),
+            Err(failure) => (refused(failure), None),
+        };
+        let Ok(bytes) = encode(&answer) else { return };
+        let deadline = Instant::now() + SAYING;
+        let (trees, key): (Vec<_>, _) = match &given {
+            Some((tree, key)) => (vec![tree.as_fd()], Some(key.clone())),
+            None => (Vec::new(), None),
+        };
+        let sent = connection.send(&bytes, &trees, deadline);
+        if let Some(key) = key {
+            let mut state = self.state();
+            match sent {
+                Ok(()) => state.leases.push(Arc::new(Lease {
+                    connection: connection.into(),
+                    key,
+                })),
+                Err(_) => state.table.release(&key, Instant::now()),
+            }
+            drop(state);
+            self.bell.look();
+        }
+    }
+
+    fn answer(
+        &self,
+        request: &Request,
+        image: Option<OwnedFd>,
+        peer: &Peer,
+    ) -> Result<(Answer, Option<(OwnedFd, Key)>), Failure> {
+        if peer.uid != 0 {
+            return Err(Failure::new(
+                Failure::PERMISSION,
+                "the node service does that for root only",
+            ));
+        }
+        match request {
+            Request::Mount(request) => self.mount(request, image).map(|(answer, tree, key)| {
+                let given = Some((tree, key));
+                (answer, given)
+            }),
+            Request::Status => Ok((Answer::Status(self.status()), None)),
+            Request::Drain => Ok((self.drain(), None)),
+            _ => Err(Failure::new(Failure::UNAVAILABLE, "this is not served")),
+        }
+    }
+
+    /// A mount that is kept, or one made now and kept.
+    fn mount(
+        &self,
+        request: &MountRequest,
+        image: Option<OwnedFd>,
+    ) -> Result<(Answer, OwnedFd, Key), Failure> {
+        let image = image.filter(|_| request.mode != Mode::Lazy);
+        let image = image.ok_or_else(|| {
+            let line = "this node service mounts images from their file only";
+            Failure::new(Failure::UNAVAILABLE, line)
+        })?;
+        let key = Key::of_file(request, image.as_fd())?;
+        let (kept, there) = match self.take_or_begin(&key)? {
+            Some(kept) => (kept, true),
+            None => {
+                let made = self.make(request, &image);
+                let mut state = self.state();
+                state.making.remove(&key);
+                self.made.notify_all();
+                let kept = made?;
+                state.table.add(key.clone(), kept.clone(), Instant::now());
+                state.table.take(&key);
+                (kept, false)
+            }
+        };
+        match self.den.clone_of(kept.berth) {
+            Ok(tree) => {
+                let how = kept.how;
+                let job = request.job.as_deref().unwrap_or_default();
+                tracing::info!(
+                    digest = request.digest,
+                    uid = request.uid,
+                    job,
+                    ?how,
+                    kept = there,
+                    "mount given"
+                );
+                Ok((Answer::Mounted { how, kept: there }, tree, key))
+            }
+            Err(errno) => {
+                self.state().table.release(&key, Instant::now());
+                self.bell.look();
+                Err(Failure::system("cannot clone a kept mount", errno))
+            }
+        }
+    }
+
+    /// The mount, with one user more; or none, and the caller is the one who makes it.
+    fn take_or_begin(&self, key: &Key) -> Result<Option<Kept>, Failure> {
+        let deadline = Instant::now() + MAKING;
+        let mut state = self.state();
+        loop {
+            if let Some(kept) = state.table.take(key) {
+                return Ok(Some(kept.clone()));
+            }
+            if state.making.insert(key.clone()) {
+                return Ok(None);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let line = "the image's filesystem does not answer";
+                return Err(Failure::new(Failure::UNAVAILABLE, line));
+            }
+            let waited = self.made.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn make(&self, request: &MountRequest, image: &OwnedFd) -> Result<Kept, Failure> {
+        let failed = |error: berth_mount::MountError| {
+            Failure::new(
+                Failure::INTERNAL,
+                format!("cannot mount the image: {error}"),
+            )
+        };
+        let file = ImageFile {
+            file: image.as_fd(),
+            data_size: request.hash_offset,
+            label: &format!("berth-{}", &request.verity_root[..48]),
+        };
+        let run_dir = &self.prepared.config.node.run_dir;
+        let device = LoopDevice::attach(file, run_dir).map_err(failed)?;
+        let mount = device.mount().map_err(failed)?;
+        let put = self.den.put(mount);
+        Ok(Kept {
+            berth: put.map_err(|e| Failure::system("cannot keep a mount", e))?,
+            how: How::Kernel,
+            digest: request.digest.clone(),
+            platform: request.platform.clone(),
+        })
+    }
+
+    fn drain(&self) -> Answer {
+        let mut state = self.state();
+        state.draining = true;
+        state.table.drain();
+        self.let_go(&mut state);
+        drop(state);
+        Answer::Status(self.status())
+    }
+
+    fn status(&self) -> Status {
+        let state = self.state();
+        let now = Instant::now();
+        let mounts = state.table.iter().map(|(_, entry)| MountStatus {
+            digest: entry.mount.digest.clone(),
+            platform: entry.mount.platform.clone(),
+            how: entry.mount.how,
+            users: entry.users,
+            idle_s: entry.idle(now).as_secs(),
+            given: entry.given,
+            paths: Vec::new(),
+        });
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            draining: state.draining,
+            server: None,
+            mounts: mounts.collect(),
+        }
+    }
+}
+
+fn refused(failure: Failure) -> Answer {
+    Answer::Refused {
+        code: failure.code,
+        why: failure.why,
+        hint: failure.hint,
+    }
+}
