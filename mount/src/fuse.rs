@@ -1,11 +1,12 @@
-//! A detached mount of a FUSE connection.
+//! A detached FUSE mount, made by the process that keeps its connection.
 //!
-//! Works with the right to mount, which is root's, or that of a process in a user namespace of its own: the connection
-//! must have been opened in the namespace in which it is mounted.
+//! What keeps readers waiting, instead of failing, when a server dies is that somebody else holds the connection and
+//! the memory into which requests are read; both are made here, so that a keeper needs nothing of a server's code.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
@@ -13,40 +14,47 @@ use rustix::mount::{
 };
 use thiserror::Error;
 
+/// Requests in work at a time on one connection.
+pub const SLOTS: usize = 16;
+/// Bytes of a slot: 64 for the server's own use, and room for a request as large as the kernel wants it.
+pub const SLOT: usize = 64 + 8192;
+
 /// Why there is no mount.
-#[derive(Debug, Error, PartialEq, Eq)]
-pub enum FuseError {
-    /// `/dev/fuse` does not open.
-    #[error("cannot open /dev/fuse: {}", words(.0))]
-    Device(Errno),
-    /// A step of mounting failed.
-    #[error("cannot mount through FUSE ({step}): {}", words(errno))]
-    Mount {
-        /// Which call or option.
-        step: &'static str,
-        /// What the kernel said.
-        errno: Errno,
-    },
+#[derive(Debug, Error)]
+#[error("cannot {step}: {source}")]
+pub struct FuseError {
+    /// What was tried.
+    pub step: &'static str,
+    /// What the system said.
+    #[source]
+    pub source: io::Error,
 }
 
-fn words(errno: &Errno) -> String {
-    crate::error::plain(&(*errno).into())
+fn failed(step: &'static str) -> impl Fn(Errno) -> FuseError {
+    move |errno| FuseError {
+        step,
+        source: errno.into(),
+    }
 }
 
 /// A new connection that nothing is mounted on.
+///
+/// # Errors
+/// When `/dev/fuse` does not open.
 pub fn open_device() -> Result<OwnedFd, FuseError> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    rustix::fs::open("/dev/fuse", flags, Mode::empty()).map_err(FuseError::Device)
+    rustix::fs::open("/dev/fuse", flags, Mode::empty()).map_err(failed("open /dev/fuse"))
 }
 
-/// A mount of the connection, attached nowhere: read-only, nosuid, nodev, permissions checked by the kernel, for all
-/// users of this user namespace. Returns before anybody serves it.
+/// A detached mount of the connection: read-only, nosuid, nodev, permissions checked by the kernel, for all users.
+///
+/// # Errors
+/// The kernel's.
 pub fn detached(device: BorrowedFd<'_>) -> Result<OwnedFd, FuseError> {
-    let step = |step| move |errno| FuseError::Mount { step, errno };
-    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(step("fsopen"))?;
-    let context = context.as_fd();
+    let fs =
+        fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed("make a FUSE filesystem"))?;
     let set = |key: &'static str, value: &str| {
-        fsconfig_set_string(context, key, value).map_err(step(key))
+        fsconfig_set_string(fs.as_fd(), key, value).map_err(failed(key))
     };
     set("source", "berth")?;
     set("subtype", "berth")?;
@@ -55,11 +63,24 @@ pub fn detached(device: BorrowedFd<'_>) -> Result<OwnedFd, FuseError> {
     set("user_id", &rustix::process::getuid().as_raw().to_string())?;
     set("group_id", &rustix::process::getgid().as_raw().to_string())?;
     for flag in ["ro", "default_permissions", "allow_other"] {
-        fsconfig_set_flag(context, flag).map_err(step(flag))?;
+        fsconfig_set_flag(fs.as_fd(), flag).map_err(failed(flag))?;
     }
-    fsconfig_create(context).map_err(step("create"))?;
+    fsconfig_create(fs.as_fd()).map_err(failed("start a FUSE filesystem"))?;
     let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
         | MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV;
-    fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(step("fsmount"))
+    fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed("mount FUSE"))
+}
+
+/// Memory for the requests in work on one connection; its size can no longer change.
+///
+/// # Errors
+/// The system's.
+pub fn request_memory() -> Result<OwnedFd, Errno> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let fd = memfd_create("berth-fuse-requests", flags)?;
+    ftruncate(&fd, (SLOT * SLOTS) as u64)?;
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&fd, seals)?;
+    Ok(fd)
 }

@@ -78,7 +78,7 @@ pub struct MountRequest {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// `http://HOST:PORT/…` or the path of a Unix socket with the image's path after a `:`.
+    /// `http://HOST:PORT/…`, or `SOCKET:/PATH` with the path of a Unix socket.
     pub at: String,
     /// What lets its bearer read there.
     #[serde(default, skip_serializing_if = "Option::is_none")]

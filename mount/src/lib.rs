@@ -23,6 +23,7 @@ pub mod keeper;
 mod lock;
 mod loopdev;
 pub mod packets;
+pub mod serving;
 mod squashfs;
 mod sys;
 

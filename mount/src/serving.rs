@@ -1,0 +1,70 @@
+//! What the keeper and the process that serves images on demand say to each other, in packets.
+//!
+//! The server is the unprivileged side: nothing it says makes the keeper do more than stop waiting for a mount, count,
+//! or let go of one. It may die at any moment; another one gets every mount again, with the same descriptors.
+
+use serde::{Deserialize, Serialize};
+
+use crate::keeper::Source;
+
+/// To the server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "lowercase")]
+pub enum Order {
+    /// Serve this. Descriptors: the connection, the memory of its requests, and the image's file if there is one.
+    Serve(Served),
+    /// Say how it stands: [`Report::Standing`].
+    Tell,
+}
+
+/// An image that is served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Served {
+    /// The keeper's number for it.
+    pub id: u64,
+    /// The image manifest's, for people.
+    pub digest: String,
+    /// 64 hexadecimal digits.
+    pub verity_root: String,
+    /// Bytes of the SquashFS part.
+    pub hash_offset: u64,
+    /// Where the bytes can be fetched.
+    pub sources: Vec<Source>,
+    /// Whether another server has answered for it before.
+    pub taken_over: bool,
+}
+
+/// From the server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "lowercase")]
+pub enum Report {
+    /// The image is open, requests are answered.
+    Ready {
+        /// Which.
+        id: u64,
+    },
+    /// The image cannot be opened.
+    Failed {
+        /// Which.
+        id: u64,
+        /// One line.
+        why: String,
+    },
+    /// Its last mount is gone, or its connection was aborted.
+    Ended {
+        /// Which.
+        id: u64,
+    },
+    /// The image is whole and verified in the cache, under this name in the cache's folder.
+    Whole {
+        /// Which.
+        id: u64,
+    },
+    /// To [`Order::Tell`].
+    Standing {
+        /// Milliseconds since the oldest unanswered request came.
+        oldest_ms: u64,
+        /// Prometheus text.
+        metrics: String,
+    },
+}
