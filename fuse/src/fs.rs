@@ -8,6 +8,7 @@ use berth_squashfs::read::{EntryBuffer, Inode, InodeType, MetaRef, ReadAt, ReadE
 use rustix::io::Errno;
 
 use crate::abi::{Attr, ENTRY_OUT, Put, ROOT_ID, dirent_len};
+use crate::filesystem::{FileSystem, Size};
 
 /// An image served as a file system.
 #[derive(Debug)]
@@ -75,8 +76,20 @@ impl<S: ReadAt> ImageFs<S> {
         }
     }
 
-    /// The node of `name` in the folder `parent`, and its attributes; `None` if there is no such name.
-    pub fn lookup(&self, parent: u64, name: &[u8]) -> Result<Option<(u64, Attr)>, Errno> {
+    fn dot_number(&self, folder: &Inode, at: u64) -> u64 {
+        match &folder.body {
+            berth_squashfs::read::InodeBody::Dir(dir)
+                if at == 1 && folder.reference != self.root =>
+            {
+                u64::from(dir.parent)
+            }
+            _ => u64::from(folder.number),
+        }
+    }
+}
+
+impl<S: ReadAt> FileSystem for ImageFs<S> {
+    fn lookup(&self, parent: u64, name: &[u8]) -> Result<Option<(u64, Attr)>, Errno> {
         let parent = self.inode(parent)?;
         let Some(entry) = self.reader.find(&parent, name).map_err(errno)? else {
             return Ok(None);
@@ -85,26 +98,21 @@ impl<S: ReadAt> ImageFs<S> {
         Ok(Some((self.node(entry.inode), self.attr(&inode))))
     }
 
-    /// A node's attributes.
-    pub fn getattr(&self, node: u64) -> Result<Attr, Errno> {
+    fn getattr(&self, node: u64) -> Result<Attr, Errno> {
         Ok(self.attr(&self.inode(node)?))
     }
 
-    /// A symbolic link's target.
-    pub fn readlink(&self, node: u64) -> Result<Vec<u8>, Errno> {
+    fn readlink(&self, node: u64) -> Result<Vec<u8>, Errno> {
         let inode = self.inode(node)?;
         self.reader.read_link(&inode).map_err(errno)
     }
 
-    /// Contents of a file from `offset` on; fewer bytes than asked for only at its end.
-    pub fn read(&self, node: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
+    fn read(&self, node: u64, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
         let inode = self.inode(node)?;
         self.reader.read(&inode, offset, buf).map_err(errno)
     }
 
-    /// Puts entries of a folder into `out`, from the one at `offset` on, as many as fit into `room` bytes; with `plus`
-    /// each comes with what [`Self::lookup`] would say.
-    pub fn readdir(
+    fn readdir(
         &self,
         node: u64,
         offset: u64,
@@ -153,32 +161,19 @@ impl<S: ReadAt> ImageFs<S> {
         Ok(())
     }
 
-    fn dot_number(&self, folder: &Inode, at: u64) -> u64 {
-        match &folder.body {
-            berth_squashfs::read::InodeBody::Dir(dir)
-                if at == 1 && folder.reference != self.root =>
-            {
-                u64::from(dir.parent)
-            }
-            _ => u64::from(folder.number),
-        }
-    }
-
-    /// Whether any file of the image can have extended attributes.
-    pub fn has_xattrs(&self) -> bool {
+    fn has_xattrs(&self) -> bool {
         self.reader.has_xattrs()
     }
 
-    /// The value of an extended attribute.
-    pub fn getxattr(&self, node: u64, name: &[u8]) -> Result<Vec<u8>, Errno> {
+    fn getxattr(&self, node: u64, name: &[u8]) -> Result<Vec<u8>, Errno> {
         let inode = self.inode(node)?;
         let value = self.reader.xattr(&inode, name).map_err(errno)?;
         value.ok_or(Errno::NODATA)
     }
 
-    /// The names of a node's extended attributes, each with a NUL after it. As the kernel's driver does, those of
-    /// `trusted.` are told only to those who may read them: the kernel filters them.
-    pub fn listxattr(&self, node: u64) -> Result<Vec<u8>, Errno> {
+    /// As the kernel's driver does, those of `trusted.` are told to all: the kernel filters them for those who may not
+    /// read them.
+    fn listxattr(&self, node: u64) -> Result<Vec<u8>, Errno> {
         let inode = self.inode(node)?;
         let mut list = Vec::new();
         for name in self.reader.xattr_names(&inode).map_err(errno)? {
@@ -188,18 +183,12 @@ impl<S: ReadAt> ImageFs<S> {
         Ok(list)
     }
 
-    /// `fuse_kstatfs`: sizes in 4 KiB, all of it used.
-    pub fn statfs(&self, out: &mut Vec<u8>) {
+    fn size(&self) -> Size {
         let sb = self.reader.superblock();
-        out.u64(sb.bytes_used.div_ceil(4096));
-        out.u64(0);
-        out.u64(0);
-        out.u64(u64::from(sb.inode_count));
-        out.u64(0);
-        for value in [4096, 255, 4096] {
-            out.u32(value);
+        Size {
+            bytes: sb.bytes_used,
+            files: u64::from(sb.inode_count),
         }
-        out.resize(out.len() + 28, 0);
     }
 }
 

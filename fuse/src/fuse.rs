@@ -1,11 +1,10 @@
-//! From a request to its answer: takes requests apart, asks [`ImageFs`], puts answers together. Nothing else: no file
+//! From a request to its answer: takes requests apart, asks a [`FileSystem`], puts answers together. Nothing else: no file
 //! descriptor, no thread, no clock, so that tests speak the protocol without a mount.
 
-use berth_squashfs::read::ReadAt;
 use rustix::io::Errno;
 
 use crate::abi::{self, InitIn, Put, Request, init, op};
-use crate::fs::ImageFs;
+use crate::filesystem::FileSystem;
 
 /// What is to be done with a request.
 #[derive(Debug, PartialEq, Eq)]
@@ -38,7 +37,7 @@ const WANTED: u32 = init::ASYNC_READ
     | init::EXPLICIT_INVAL_DATA;
 
 /// Answers one request; the answer's body goes to `out`, which is empty.
-pub fn dispatch<S: ReadAt>(fs: &ImageFs<S>, request: &Request<'_>, out: &mut Vec<u8>) -> Action {
+pub fn dispatch(fs: &dyn FileSystem, request: &Request<'_>, out: &mut Vec<u8>) -> Action {
     match request.opcode {
         op::FORGET | op::BATCH_FORGET => Action::Nothing,
         op::INTERRUPT => match request.interrupted() {
@@ -49,11 +48,7 @@ pub fn dispatch<S: ReadAt>(fs: &ImageFs<S>, request: &Request<'_>, out: &mut Vec
     }
 }
 
-fn answer<S: ReadAt>(
-    fs: &ImageFs<S>,
-    request: &Request<'_>,
-    out: &mut Vec<u8>,
-) -> Result<(), Errno> {
+fn answer(fs: &dyn FileSystem, request: &Request<'_>, out: &mut Vec<u8>) -> Result<(), Errno> {
     let node = request.node;
     match request.opcode {
         op::INIT => negotiate(request.init_in().ok_or(Errno::INVAL)?, out)?,
@@ -72,7 +67,7 @@ fn answer<S: ReadAt>(
             let plus = request.opcode == op::READDIRPLUS;
             fs.readdir(node, offset, room, plus, out)?;
         }
-        op::STATFS => fs.statfs(out),
+        op::STATFS => fs.size().put(out),
         // Said once, the kernel does not ask again.
         op::GETXATTR | op::LISTXATTR if !fs.has_xattrs() => return Err(Errno::NOSYS),
         op::GETXATTR => {

@@ -1,7 +1,9 @@
 //! Serving an image as a file system to the kernel, without root, and without losing a reader when the server dies.
 //!
 //! - [`abi`]: the protocol's bytes;
-//! - [`fs`]: what the file system is;
+//! - [`filesystem`]: what a file system must answer;
+//! - [`fs`]: an image's files;
+//! - [`block`]: an image's bytes as one file, for a loop device;
 //! - [`fuse`]: from a request to its answer;
 //! - [`slots`]: requests in memory that outlives a server;
 //! - [`session`]: the threads that serve;
@@ -10,7 +12,9 @@
 //! - [`holder`]: what stays when a server dies.
 
 pub mod abi;
+pub mod block;
 pub mod chunks;
+pub mod filesystem;
 pub mod fs;
 pub mod fuse;
 pub mod holder;

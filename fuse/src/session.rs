@@ -12,11 +12,10 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use berth_squashfs::read::ReadAt;
 use rustix::io::Errno;
 
 use crate::abi::{Request, op, out_header};
-use crate::fs::ImageFs;
+use crate::filesystem::FileSystem;
 use crate::fuse::{Action, dispatch};
 use crate::lock;
 use crate::slots::Slot;
@@ -63,8 +62,8 @@ struct InWork {
     since: AtomicU64,
 }
 
-struct Session<S> {
-    fs: Arc<ImageFs<S>>,
+struct Session {
+    fs: Arc<dyn FileSystem>,
     device: OwnedFd,
     options: Options,
     started: Instant,
@@ -77,8 +76,8 @@ struct Session<S> {
 
 /// Serves `device`, a connection that is or will be mounted, until it is unmounted. First answers what an earlier
 /// server left in `slots`.
-pub fn serve<S: ReadAt + 'static>(
-    fs: Arc<ImageFs<S>>,
+pub fn serve(
+    fs: Arc<dyn FileSystem>,
     device: OwnedFd,
     slots: Vec<Slot>,
     options: Options,
@@ -122,14 +121,14 @@ pub fn serve<S: ReadAt + 'static>(
     }
 }
 
-fn spawn_spare<S: ReadAt + 'static>(session: &Arc<Session<S>>) {
+fn spawn_spare(session: &Arc<Session>) {
     let spare = lock(&session.spare).pop();
     if let Some((index, slot)) = spare {
         spawn_worker(session, index, slot);
     }
 }
 
-fn spawn_worker<S: ReadAt + 'static>(session: &Arc<Session<S>>, index: usize, slot: Slot) {
+fn spawn_worker(session: &Arc<Session>, index: usize, slot: Slot) {
     let mine = Arc::clone(session);
     let started = std::thread::Builder::new()
         .name(format!("fuse-{index}"))
@@ -143,11 +142,7 @@ fn spawn_worker<S: ReadAt + 'static>(session: &Arc<Session<S>>, index: usize, sl
     }
 }
 
-fn work<S: ReadAt + 'static>(
-    session: &Arc<Session<S>>,
-    index: usize,
-    mut slot: Slot,
-) -> Result<(), ServeError> {
+fn work(session: &Arc<Session>, index: usize, mut slot: Slot) -> Result<(), ServeError> {
     let mut out = Vec::new();
     if slot.in_use() {
         let tries = slot.count_try();
@@ -175,7 +170,7 @@ fn work<S: ReadAt + 'static>(
     }
 }
 
-impl<S: ReadAt> Session<S> {
+impl Session {
     fn handle(&self, index: usize, bytes: &[u8], tries: u32, out: &mut Vec<u8>) {
         let Some(request) = Request::parse(bytes) else {
             tracing::error!("the kernel sent a request that is cut short");
@@ -193,7 +188,7 @@ impl<S: ReadAt> Session<S> {
             self.in_work[index].unique.store(unique, Ordering::Release);
         }
         let action = match tries >= TRIES {
-            false => dispatch(&self.fs, &request, out),
+            false => dispatch(&*self.fs, &request, out),
             true => {
                 tracing::error!(opcode = request.opcode, "a request killed its servers");
                 Action::Answer(Err(Errno::IO))
