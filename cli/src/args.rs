@@ -1,9 +1,10 @@
 //! The command line: every command, option and example. Help, man pages and completions are made from this.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use berth_image::Platform;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 
 /// Container images for Slurm jobs: pulled once, checked, shared by every node.
@@ -91,6 +92,47 @@ Examples:
         image: String,
         #[command(flatten)]
         platform: PlatformArg,
+    },
+    /// Run a command in an image, here and as yourself: no job, no root.
+    ///
+    /// The command sees the image as a job would: your home, /tmp, /dev and the site's folders are there, the rest is
+    /// the image's, read-only. It is a process of yours like any other: its exit code, signals and terminal are its
+    /// own, and nothing stays when it ends. Files of others than you show as nobody's.
+    #[command(after_help = "\
+Examples:
+  berth exec ghcr.io/group/app:2.1 app --version
+  berth exec --mounts /scratch/data:/data:ro ghcr.io/group/app:2.1 python3 look.py
+  berth exec --writable ubuntu:24.04 bash                       what it writes is gone afterwards
+  berth exec ./my.sqsh bash                                     a SquashFS file of your own
+
+Exit codes: the command's; 127 when the image has no such command, 126 when it cannot be run; Berth's own where there
+was no container (69: this machine forbids user namespaces, and so on).")]
+    Exec(ExecArgs),
+    /// Mount an image on a folder, read-only, until `berth umount`.
+    ///
+    /// Ordinary users need fusermount3 (package fuse3) for it, and are the only ones who see into the folder. Prints
+    /// the folder. `berth exec` needs neither.
+    #[command(after_help = "\
+Examples:
+  berth mount ghcr.io/group/app:2.1 ~/app && ls ~/app/opt
+  berth mount ./my.sqsh ~/look")]
+    Mount {
+        /// A reference, a digest, or a path of a SquashFS file (with a `/` in it).
+        #[arg(value_name = "REF|DIGEST|FILE")]
+        image: String,
+        /// An existing folder.
+        #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+        folder: PathBuf,
+        #[command(flatten)]
+        platform: PlatformArg,
+    },
+    /// Unmount what `berth mount` mounted.
+    #[command(after_help = "\
+Examples:
+  berth umount ~/app")]
+    Umount {
+        #[arg(value_name = "DIR", value_hint = ValueHint::DirPath)]
+        folder: PathBuf,
     },
     /// List the images in the store.
     Images,
@@ -182,6 +224,45 @@ pub enum KeyCommand {
 }
 
 #[derive(Debug, Args)]
+pub struct ExecArgs {
+    #[command(flatten)]
+    pub view: ViewArgs,
+    #[command(flatten)]
+    pub platform: PlatformArg,
+    /// A reference, a digest, or a path of a SquashFS file (with a `/` in it).
+    #[arg(value_name = "REF|DIGEST|FILE")]
+    pub image: String,
+    /// The command and its arguments.
+    #[arg(
+        required = true,
+        value_name = "COMMAND",
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    #[arg(value_hint = ValueHint::CommandWithArguments)]
+    pub command: Vec<OsString>,
+}
+
+/// What a container is to look like; a job's options with the same names after `--container-`.
+#[derive(Debug, Args)]
+pub struct ViewArgs {
+    /// Show folders or files of this machine in the container, as a job's --container-mounts.
+    #[arg(
+        long,
+        alias = "container-mounts",
+        value_delimiter = ',',
+        value_name = "SRC[:DST[:ro|rw]],…"
+    )]
+    pub mounts: Vec<OsString>,
+    /// Start in this folder, as the container sees it. Default: the current one where it is visible.
+    #[arg(long, alias = "container-workdir", value_name = "DIR")]
+    pub workdir: Option<PathBuf>,
+    /// Let the command write anywhere, into memory: it is gone afterwards.
+    #[arg(long, alias = "container-writable")]
+    pub writable: bool,
+}
+
+#[derive(Debug, Args)]
 pub struct UserArg {
     /// Who owns the store and the private key: the sealer's user. For root only.
     #[arg(long, value_name = "NAME")]
@@ -196,11 +277,12 @@ pub struct PlatformArg {
 }
 
 /// Commands by what they are for, as `berth --help` lists them.
-const GROUPS: [(&str, &[&str]); 4] = [
+const GROUPS: [(&str, &[&str]); 5] = [
     (
         "Images",
         &["pull", "prefetch", "path", "images", "inspect", "rm"],
     ),
+    ("Using them here", &["exec", "mount", "umount"]),
     ("The daemon", &["pulls", "status"]),
     (
         "This machine and site",

@@ -9,6 +9,7 @@ mod error;
 mod interrupt;
 mod local;
 mod output;
+mod programs;
 mod progress;
 
 use std::process::ExitCode;
@@ -95,6 +96,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Config(ConfigCommand::Check { file }) => {
             command::config::check(&file.unwrap_or(cli.global.config), cli.global.json)
         }
+        Command::Umount { folder } => command::mount::umount(&folder),
         Command::Doctor => doctor::run(&cli.global),
         other => configured(other, &Context::load(&cli.global)?),
     }
@@ -114,6 +116,12 @@ fn configured(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Path { image, platform } => {
             command::path::path(context, &image, platform.platform)
         }
+        Command::Exec(args) => command::exec::exec(context, args),
+        Command::Mount {
+            image,
+            folder,
+            platform,
+        } => command::mount::mount(context, &image, &folder, platform.platform),
         Command::Images => command::images::images(context),
         Command::Inspect { image, platform } => {
             command::inspect::inspect(context, &image, platform.platform)
@@ -128,6 +136,9 @@ fn configured(command: Command, context: &Context) -> Result<(), Failure> {
         Command::Key(KeyCommand::Generate { user }) => {
             command::store::generate(context, user.user.as_deref())
         }
-        Command::Completions { .. } | Command::Man { .. } | Command::Doctor => Ok(()),
+        Command::Completions { .. }
+        | Command::Man { .. }
+        | Command::Doctor
+        | Command::Umount { .. } => Ok(()),
     }
 }

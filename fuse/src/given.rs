@@ -9,11 +9,12 @@
 //! When the other end is closed before that, this ends. The other end is free to end after it.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{OwnedFd, RawFd};
+use std::mem::{ManuallyDrop, MaybeUninit};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use berth_fuse::fs::ImageFs;
 use berth_squashfs::read::{CacheSizes, Reader};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendFlags, recvmsg,
@@ -79,4 +80,23 @@ fn connection(channel: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
     }))
+}
+
+/// Goes on without the terminal and the pipes that this program was started with.
+#[allow(
+    unsafe_code,
+    reason = "standard descriptors have numbers, and no owners"
+)]
+pub fn leave_terminal() -> Result<(), Failure> {
+    // A process that leads its group stays in its session.
+    let _ = rustix::process::setsid();
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let nothing = rustix::fs::open("/dev/null", flags, Mode::empty())?;
+    for number in 0..3 {
+        // SAFETY: nobody owns a standard descriptor, and this does not close it.
+        let mut standard = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(number) });
+        rustix::io::dup2(&nothing, &mut standard)?;
+    }
+    rustix::process::chdir("/")?;
+    Ok(())
 }

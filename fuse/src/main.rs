@@ -38,6 +38,9 @@ enum Verb {
         serving: Serving,
         #[command(flatten)]
         lazy: Lazy,
+        /// Print, and go on in the background.
+        #[arg(long)]
+        background: bool,
         /// The image: a file, or `-` for one that only --from has.
         image: PathBuf,
         /// An existing folder.
@@ -110,9 +113,10 @@ fn main() -> ExitCode {
         Verb::Mount {
             serving,
             lazy,
+            background,
             image,
             folder,
-        } => run_mount(serving, &lazy, &image, &folder),
+        } => run_mount(serving, &lazy, background, &image, &folder),
         Verb::Hold {
             serving,
             lazy,
@@ -147,7 +151,13 @@ fn told(error: &dyn std::error::Error) -> String {
     line
 }
 
-fn run_mount(serving: Serving, lazy: &Lazy, image: &Path, folder: &Path) -> Result<(), Failure> {
+fn run_mount(
+    serving: Serving,
+    lazy: &Lazy,
+    background: bool,
+    image: &Path,
+    folder: &Path,
+) -> Result<(), Failure> {
     let file = match image == Path::new("-") {
         true => None,
         false => Some(
@@ -169,6 +179,9 @@ fn run_mount(serving: Serving, lazy: &Lazy, image: &Path, folder: &Path) -> Resu
         Err(error) => return Err(error.into()),
     };
     println!("mounted");
+    if background {
+        given::leave_terminal()?;
+    }
     keep(serving, lazy, device, file.map(OwnedFd::from))
 }
 

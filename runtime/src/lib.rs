@@ -19,6 +19,7 @@ mod sys;
 mod text;
 mod trusted;
 mod user;
+pub mod user_view;
 pub mod view;
 mod wanted;
 mod wire;

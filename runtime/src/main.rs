@@ -17,6 +17,12 @@ struct Arguments {
 enum Command {
     /// Build the containers of one step on this node (as root; the plugin holds the other end of descriptor 3)
     Step,
+    /// Run a command in an image for the user who asks, without root (started by `berth exec`)
+    User {
+        /// Descriptor of a file that says what to run
+        #[arg(long, value_name = "NUMBER")]
+        job: i32,
+    },
     /// Check a reference, and have the daemon pin and prefetch it (as the user, on a login node)
     Submit {
         /// The site's configuration
@@ -30,6 +36,7 @@ enum Command {
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Step => berth_runtime::step(),
+        Command::User { job } => berth_runtime::user_view::run(job),
         Command::Submit { config, reference } => berth_runtime::submit(&config, &reference),
     }
 }

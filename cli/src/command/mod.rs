@@ -1,10 +1,13 @@
 //! The commands, one file each.
 
 pub mod config;
+pub mod exec;
 pub mod follow;
 pub mod generate;
+pub mod image_file;
 pub mod images;
 pub mod inspect;
+pub mod mount;
 pub mod path;
 pub mod pull;
 pub mod pulls;

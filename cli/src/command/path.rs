@@ -17,18 +17,7 @@ const STALE_NAMES: Duration = Duration::from_secs(65);
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 pub fn path(context: &Context, image: &str, given: Option<Platform>) -> Result<(), Failure> {
-    let wanted = Wanted::parse(image, context)?;
-    let found = match &wanted {
-        Wanted::Reference(_) => through_daemon(context, image, &wanted, given)?,
-        // A digest alone names no registry: it is in the store or it is not.
-        Wanted::Digest(..) | Wanted::Digits(_) => {
-            let local = Local::open(&context.config)?;
-            let found = local.find(&wanted, given.as_ref())?;
-            let found = found.ok_or_else(|| absent(image))?;
-            local.check_file(&found)?;
-            found
-        }
-    };
+    let found = find(context, image, given)?;
     let path = found.path.display().to_string();
     match context.json {
         true => output::json(&json!({
@@ -37,6 +26,22 @@ pub fn path(context: &Context, image: &str, given: Option<Platform>) -> Result<(
             "platform": found.record.platform,
         })),
         false => output::line(&path),
+    }
+}
+
+/// The image in the store, pulled first where needed.
+pub fn find(context: &Context, image: &str, given: Option<Platform>) -> Result<Found, Failure> {
+    let wanted = Wanted::parse(image, context)?;
+    match &wanted {
+        Wanted::Reference(_) => through_daemon(context, image, &wanted, given),
+        // A digest alone names no registry: it is in the store or it is not.
+        Wanted::Digest(..) | Wanted::Digits(_) => {
+            let local = Local::open(&context.config)?;
+            let found = local.find(&wanted, given.as_ref())?;
+            let found = found.ok_or_else(|| absent(image))?;
+            local.check_file(&found)?;
+            Ok(found)
+        }
     }
 }
 

@@ -1,0 +1,80 @@
+//! `berth exec`: a command in an image, as whoever asks, without root.
+//!
+//! This program finds the image and its file and then becomes `berth-runtime user`, which becomes the command.
+
+use std::ffi::{CString, OsString};
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use berth_runtime::user_view::UserJob;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::args::ExecArgs;
+use crate::command::image_file::{self, ImageFile};
+use crate::context::Context;
+use crate::error::{Failure, OTHER};
+use crate::programs;
+
+pub fn exec(context: &Context, args: ExecArgs) -> Result<(), Failure> {
+    let image = image_file::open_image(context, &args.image, args.platform.platform)?;
+    let job = job(context, &image, args.command, args.view);
+    let job_file = inherited_file(&job)?;
+    inherit(&image.file)?;
+    let runtime = programs::find("berth-runtime")?;
+    let number = job_file.as_raw_fd().to_string();
+    let error = Command::new(&runtime)
+        .args(["user", "--job", &number])
+        .exec();
+    Err(Failure::new(
+        OTHER,
+        format!("cannot run `{}`: {error}", runtime.display()),
+    ))
+}
+
+fn job(
+    context: &Context,
+    image: &ImageFile,
+    command: Vec<OsString>,
+    view: crate::args::ViewArgs,
+) -> UserJob {
+    let run = image.record.as_ref().map(|record| &record.run);
+    let exists = context.config_path.exists();
+    UserJob {
+        config: exists.then(|| absolute(&context.config_path)),
+        name: image.name.clone(),
+        image: image.file.as_raw_fd(),
+        env: run.map(|run| run.env.clone()).unwrap_or_default(),
+        image_cwd: run.and_then(|run| run.working_dir.as_ref().map(Into::into)),
+        mounts: view.mounts,
+        workdir: view.workdir,
+        writable: view.writable,
+        command,
+    }
+}
+
+fn absolute(path: &Path) -> std::path::PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// The job in a file without a name, which the next program inherits.
+fn inherited_file(job: &UserJob) -> Result<OwnedFd, Failure> {
+    let failed =
+        |e: std::io::Error| Failure::new(OTHER, format!("cannot hand the command over: {e}"));
+    let name = CString::default();
+    let fd = memfd_create(name.as_c_str(), MFdFlags::empty()).map_err(|e| failed(e.into()))?;
+    let mut file = std::fs::File::from(fd);
+    let text = serde_json::to_vec(job).map_err(|e| failed(e.into()))?;
+    file.write_all(&text).map_err(failed)?;
+    std::io::Seek::rewind(&mut file).map_err(failed)?;
+    Ok(file.into())
+}
+
+fn inherit(file: &OwnedFd) -> Result<(), Failure> {
+    fcntl(file, FcntlArg::F_SETFD(FdFlag::empty()))
+        .map(drop)
+        .map_err(|e| Failure::new(OTHER, format!("cannot hand the image over: {e}")))
+}
