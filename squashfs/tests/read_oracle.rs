@@ -6,8 +6,9 @@ mod common;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
-use berth_squashfs::read::{CacheSizes, Reader};
+use berth_squashfs::read::{CacheSizes, Caches, Reader};
 use common::{Seen, Tree, have, make_tree, of_folder, of_image, run};
 
 fn mksquashfs(tree: &Path, image: &Path, options: &[&str]) {
@@ -149,4 +150,77 @@ fn listings_resume_at_every_position() {
     ] {
         assert_eq!(reader.find(&many, name).unwrap(), None);
     }
+}
+
+#[test]
+fn tables_kept_in_a_file_and_caches_that_are_shared_read_the_same() {
+    if !have("mksquashfs") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    make_tree(&tree);
+    let caches = Arc::new(Caches::new(CacheSizes {
+        metadata: 64 << 10,
+        data: 1 << 20,
+    }));
+    let mut readers = Vec::new();
+    for options in [&["-comp", "zstd"][..], &["-comp", "gzip", "-noI"]] {
+        let image = dir.path().join(format!("image{}", readers.len()));
+        mksquashfs(&tree, &image, options);
+        let expected = of_image(&open(&image));
+        let reader = Reader::open_in(File::open(&image).unwrap(), Arc::clone(&caches)).unwrap();
+        readers.push((reader, expected));
+    }
+    for (reader, expected) in &readers {
+        assert_same(&of_image(reader), expected);
+        assert!(
+            !reader
+                .keep_tables_in(&tempfile::tempfile().unwrap(), 10_000)
+                .unwrap()
+        );
+    }
+    // While others read.
+    std::thread::scope(|scope| {
+        for (reader, expected) in &readers {
+            for _ in 0..3 {
+                scope.spawn(|| assert_same(&of_image(reader), expected));
+            }
+            scope.spawn(|| {
+                let file = tempfile::tempfile().unwrap();
+                assert!(reader.keep_tables_in(&file, 1 << 20).unwrap());
+                assert!(file.metadata().unwrap().len() > 100_000);
+            });
+        }
+    });
+    for (reader, expected) in &readers {
+        assert_same(&of_image(reader), expected);
+    }
+}
+
+#[test]
+fn tables_that_do_not_decode_or_do_not_fit_leave_the_reader_as_it_was() {
+    if !have("mksquashfs") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    make_tree(&tree);
+    let image = dir.path().join("image");
+    mksquashfs(&tree, &image, &["-comp", "zstd"]);
+    let mut bytes = std::fs::read(&image).unwrap();
+    let reader = Reader::open(&bytes, CacheSizes::default()).unwrap();
+    let expected = of_image(&reader);
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    assert!(reader.keep_tables_in(&full, 1 << 20).is_err());
+    assert_same(&of_image(&reader), &expected);
+    let last_directory_block = reader.superblock().fragment_table as usize - 40;
+    bytes[last_directory_block..][..32].fill(0xff);
+    let reader = Reader::open(&bytes, CacheSizes::default()).unwrap();
+    assert!(
+        reader
+            .keep_tables_in(&tempfile::tempfile().unwrap(), 1 << 20)
+            .is_err()
+    );
+    assert!(reader.root().is_ok());
 }

@@ -91,8 +91,8 @@ impl<S: ReadAt> Reader<S> {
             return Ok(());
         }
         if out.len() == len {
-            return self.data.load_into(
-                stored,
+            return self.caches.data.load_into(
+                (self.id, stored),
                 out,
                 |out| match self.decode_data(stored, out)? {
                     decoded if decoded == len => Ok(()),
@@ -152,7 +152,7 @@ impl<S: ReadAt> Reader<S> {
     }
 
     fn data_block(&self, stored: Stored, most: usize) -> Result<Arc<DataBlock>, ReadError> {
-        self.data.get_or_load(stored, || {
+        self.caches.data.get_or_load((self.id, stored), || {
             let mut data = vec![0u8; most];
             let len = self.decode_data(stored, &mut data)?;
             data.truncate(len);
@@ -199,8 +199,9 @@ impl<S: ReadAt> Reader<S> {
             (tail, file.start, 0)
         } else {
             let index = self
+                .caches
                 .file_indexes
-                .get_or_load(tail, || self.index_file(file, tail))?;
+                .get_or_load((self.id, tail), || self.index_file(file, tail))?;
             let stop = first / STRIDE;
             let (pos, data) = *index
                 .0

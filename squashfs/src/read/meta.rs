@@ -54,6 +54,36 @@ pub(crate) struct MetaBlock {
     pub(crate) next: u64,
 }
 
+/// A decoded metadata block, wherever it is kept.
+#[derive(Debug)]
+pub(crate) enum Block<'a> {
+    /// In the cache.
+    Cached(Arc<MetaBlock>),
+    /// In the mapped tables.
+    Mapped {
+        /// Its bytes.
+        data: &'a [u8],
+        /// Where the next block starts in the file.
+        next: u64,
+    },
+}
+
+impl Block<'_> {
+    fn data(&self) -> &[u8] {
+        match self {
+            Self::Cached(block) => &block.data,
+            Self::Mapped { data, .. } => data,
+        }
+    }
+
+    fn next(&self) -> u64 {
+        match self {
+            Self::Cached(block) => block.next,
+            Self::Mapped { next, .. } => *next,
+        }
+    }
+}
+
 impl Weigh for MetaBlock {
     fn weight(&self) -> usize {
         self.data.len()
@@ -67,11 +97,16 @@ const RAW_PIECE: u64 = 4096;
 
 impl<S: ReadAt> Reader<S> {
     /// The decoded metadata block that starts at `at`, which ends before `end`.
-    pub(crate) fn meta_block(&self, at: u64, end: u64) -> Result<Arc<MetaBlock>, ReadError> {
-        let block = self
-            .meta
-            .get_or_load(at, || self.load_meta_block(at, end))?;
-        if block.next > end {
+    pub(crate) fn meta_block(&self, at: u64, end: u64) -> Result<Block<'_>, ReadError> {
+        let block = match self.tables.get().and_then(|tables| tables.block(at)) {
+            Some(block) => block,
+            None => Block::Cached(
+                self.caches
+                    .meta
+                    .get_or_load((self.id, at), || self.load_meta_block(at, end))?,
+            ),
+        };
+        if block.next() > end {
             return Err(ReadError::corrupt("metadata block outside its table", at));
         }
         Ok(block)
@@ -132,7 +167,7 @@ impl<S: ReadAt> Reader<S> {
             .filter(|at| at.checked_add(8).is_some_and(|end| end <= self.end))
             .ok_or_else(outside)?;
         let piece = list + (at - list) / RAW_PIECE * RAW_PIECE;
-        let block = self.meta.get_or_load(piece | RAW, || {
+        let block = self.caches.meta.get_or_load((self.id, piece | RAW), || {
             let len = (self.end - piece).min(RAW_PIECE) as usize;
             let mut data = vec![0u8; len].into_boxed_slice();
             self.read_source(&mut data, piece)?;
@@ -159,7 +194,7 @@ impl<S: ReadAt> Reader<S> {
 pub(crate) struct MetaCursor<'a, S> {
     reader: &'a Reader<S>,
     region: Region,
-    block: Arc<MetaBlock>,
+    block: Block<'a>,
     at: u64,
     offset: usize,
 }
@@ -171,7 +206,7 @@ impl<'a, S: ReadAt> MetaCursor<'a, S> {
         }
         let block = reader.meta_block(pos.block, region.end)?;
         // An offset at the very end of a block means the next block's start.
-        if pos.offset as usize > block.data.len() {
+        if pos.offset as usize > block.data().len() {
             return Err(ReadError::corrupt(
                 "reference outside its metadata block",
                 pos.block,
@@ -197,7 +232,7 @@ impl<'a, S: ReadAt> MetaCursor<'a, S> {
     /// Steps to the next block when this one is used up and there is one, so that [`Self::pos`] says where the next
     /// record begins.
     pub(crate) fn settle(&mut self) -> Result<(), ReadError> {
-        match self.offset == self.block.data.len() && self.block.next < self.region.end {
+        match self.offset == self.block.data().len() && self.block.next() < self.region.end {
             true => self.advance(),
             false => Ok(()),
         }
@@ -205,11 +240,11 @@ impl<'a, S: ReadAt> MetaCursor<'a, S> {
 
     /// Whether the whole table was read.
     pub(crate) fn at_end(&self) -> bool {
-        self.offset == self.block.data.len() && self.block.next == self.region.end
+        self.offset == self.block.data().len() && self.block.next() == self.region.end
     }
 
     fn advance(&mut self) -> Result<(), ReadError> {
-        let next = self.block.next;
+        let next = self.block.next();
         if next >= self.region.end {
             return Err(ReadError::corrupt("table ends too early", next));
         }
@@ -221,7 +256,7 @@ impl<'a, S: ReadAt> MetaCursor<'a, S> {
 
     pub(crate) fn read(&mut self, mut out: &mut [u8]) -> Result<(), ReadError> {
         while !out.is_empty() {
-            let here = &self.block.data[self.offset..];
+            let here = &self.block.data()[self.offset..];
             if here.is_empty() {
                 self.advance()?;
                 continue;
@@ -243,7 +278,7 @@ impl<'a, S: ReadAt> MetaCursor<'a, S> {
 
     pub(crate) fn skip(&mut self, mut count: u64) -> Result<(), ReadError> {
         while count > 0 {
-            let here = (self.block.data.len() - self.offset) as u64;
+            let here = (self.block.data().len() - self.offset) as u64;
             if here == 0 {
                 self.advance()?;
                 continue;

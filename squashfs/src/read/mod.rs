@@ -4,8 +4,9 @@
 //! reference must lie in its table, every step through a table goes forward. A damaged image gives errors; it never
 //! makes the reader panic, loop or grow.
 //!
-//! Metadata and data blocks are decoded once, into two caches with byte limits; the reader has no other state that
-//! changes, and no lock is held while the source is read or a block is decoded.
+//! Metadata and data blocks are decoded once, into caches with byte limits that many readers may share; an image's
+//! tables can be decoded into a file instead. The reader has no other state that changes, and no lock is held while the
+//! source is read or a block is decoded.
 
 mod cache;
 mod decode;
@@ -15,13 +16,18 @@ mod file;
 mod inode;
 mod meta;
 mod source;
+mod tables;
 mod xattr;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use cache::BlockCache;
 use decode::Decoder;
 use file::{DataBlock, FileIndex, Stored};
 use meta::{LookupTable, MetaBlock};
 pub(crate) use meta::{MetaCursor, MetaPos, Region};
+use tables::Tables;
 pub(crate) use xattr::LIST_MAX as XATTR_LIST_MAX;
 use xattr::XattrTable;
 
@@ -34,7 +40,7 @@ pub use source::ReadAt;
 use crate::compress::CompressError;
 use crate::format::{ABSENT, METADATA_SIZE, XattrIdTable};
 
-/// How much memory a reader may keep, in bytes.
+/// How much memory readers may keep, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct CacheSizes {
     /// Decoded metadata blocks.
@@ -53,10 +59,41 @@ impl Default for CacheSizes {
     }
 }
 
+/// Decoded blocks of any number of images: one byte limit for all that share it.
+#[derive(Debug)]
+pub struct Caches {
+    /// By image and place.
+    meta: BlockCache<(u64, u64), MetaBlock>,
+    data: BlockCache<(u64, Stored), DataBlock>,
+    file_indexes: BlockCache<(u64, MetaPos), FileIndex>,
+}
+
+/// Blocks of shared caches are taken to be of this size, the format's usual one.
+const USUAL_BLOCK: usize = 128 << 10;
+
+impl Caches {
+    /// Empty caches.
+    pub fn new(sizes: CacheSizes) -> Self {
+        Self::for_blocks(sizes, USUAL_BLOCK)
+    }
+
+    fn for_blocks(sizes: CacheSizes, block_size: usize) -> Self {
+        Self {
+            meta: BlockCache::new(sizes.metadata, METADATA_SIZE),
+            data: BlockCache::new(sizes.data, block_size),
+            file_indexes: BlockCache::new(sizes.metadata / 8, METADATA_SIZE),
+        }
+    }
+}
+
+/// Tells readers' blocks apart in shared caches.
+static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+
 /// An open image.
 #[derive(Debug)]
 pub struct Reader<S> {
     source: S,
+    id: u64,
     superblock: Superblock,
     /// Nothing is read at or after this offset: the image's own size, not more than the source's.
     end: u64,
@@ -67,14 +104,28 @@ pub struct Reader<S> {
     export: Option<LookupTable>,
     xattrs: Option<XattrTable>,
     ids: Box<[u32]>,
-    meta: BlockCache<u64, MetaBlock>,
-    data: BlockCache<Stored, DataBlock>,
-    file_indexes: BlockCache<MetaPos, FileIndex>,
+    caches: Arc<Caches>,
+    tables: OnceLock<Tables>,
 }
 
 impl<S: ReadAt> Reader<S> {
-    /// Opens an image: reads its superblock and id table, and places every other table.
+    /// Opens an image with caches of its own: reads its superblock and id table, and places every other table.
     pub fn open(source: S, caches: CacheSizes) -> Result<Self, ReadError> {
+        Self::open_with(source, |sb| {
+            Arc::new(Caches::for_blocks(caches, sb.block_size as usize))
+        })
+    }
+
+    /// Opens an image as [`Self::open`] does, with caches that other readers use too. Its blocks stay there until they
+    /// are pushed out, also when the reader is gone.
+    pub fn open_in(source: S, caches: Arc<Caches>) -> Result<Self, ReadError> {
+        Self::open_with(source, |_| caches)
+    }
+
+    fn open_with(
+        source: S,
+        caches: impl FnOnce(&Superblock) -> Arc<Caches>,
+    ) -> Result<Self, ReadError> {
         let size = source.size().map_err(|e| ReadError::io(0, 0, e))?;
         if size < Superblock::LEN as u64 {
             return Err(ReadError::corrupt(
@@ -105,7 +156,6 @@ impl<S: ReadAt> Reader<S> {
             list,
         };
         let after_dirs = fragments.or(export).unwrap_or(sb.id_table);
-        let block_size = sb.block_size as usize;
         let mut reader = Self {
             end,
             decoder,
@@ -121,11 +171,12 @@ impl<S: ReadAt> Reader<S> {
             export: export.map(lookup),
             xattrs: None,
             ids: Box::default(),
-            meta: BlockCache::new(caches.metadata, METADATA_SIZE),
-            data: BlockCache::new(caches.data, block_size),
-            file_indexes: BlockCache::new(caches.metadata / 8, METADATA_SIZE),
+            caches: caches(&sb),
+            tables: OnceLock::new(),
             superblock: sb,
             source,
+            // Enough numbers for readers without end.
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
         };
         reader.ids = reader.load_ids(lookup(reader.superblock.id_table))?;
         reader.xattrs = table(reader.superblock.xattr_table)
