@@ -112,6 +112,17 @@ impl Config {
             "convert.level",
             "must be from 1 to 22",
         );
+        let mut registries = self.policy.registries.iter().flatten();
+        wrong(
+            registries.any(|r| {
+                r.is_empty()
+                    || r.contains(char::is_whitespace)
+                    || r.contains("://")
+                    || r.contains('*')
+            }),
+            "policy.registries",
+            "must be HOST[:PORT] or HOST[:PORT]/REPOSITORY, without scheme and without `*`",
+        );
         wrong(
             self.node.keys.is_empty(),
             "node.keys",

@@ -5,10 +5,12 @@
 
 mod check;
 mod load;
+mod policy;
 mod sections;
 
 pub use check::Problem;
 pub use load::{ConfigError, DEFAULT_PATH};
+pub use policy::{Network, NetworkError, Policy, PolicyMode};
 pub use sections::{
     Api, Compression, Config, Convert, Daemon, Limits, LogFormat, MountMode, Node, NodeService,
     Ownership, RegistrySite, Seal, ServeMode, SiteBind, Slurm, Store,

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::policy::Policy;
+
 /// The whole file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -19,6 +21,7 @@ pub struct Config {
     pub default_registry: Option<String>,
     /// What is special about a registry, by `HOST[:PORT]`.
     pub registry: BTreeMap<String, RegistrySite>,
+    pub policy: Policy,
     pub node: Node,
 }
 
@@ -48,6 +51,9 @@ pub struct Daemon {
     pub stall_timeout_s: u64,
     /// Tries of one blob before its pull fails. Default 5.
     pub fetch_attempts: u32,
+    /// Seconds that a failure is the answer to everybody who asks for the same, so that the tasks of a large job do
+    /// not ask a registry one by one. Default 5.
+    pub failure_ttl_s: u64,
     /// Uids besides root that may remove images and see everybody's pulls. Default none.
     pub admin_uids: Vec<u32>,
     /// Bytes of finished layers kept in the spool, for later images that share them. Default 50 GiB.
@@ -181,6 +187,9 @@ pub struct Node {
     pub writable_bytes: u64,
     /// Whether `--container-mounts` is allowed. Default true.
     pub user_mounts: bool,
+    /// Whether a job may name a SquashFS file of its user's own (`--container=/path/my.sqsh`), which nobody sealed or
+    /// admitted: Berth's own reader serves it, the kernel's driver never sees it. Default true.
+    pub user_images: bool,
     /// Bind the user's home directory. Default true.
     pub home: bool,
     /// How jobs get images: `auto` (the kernel's driver where the store has the file, else on demand), `kernel` or
@@ -281,6 +290,7 @@ impl Default for Daemon {
             tag_ttl_s: 60,
             stall_timeout_s: 30,
             fetch_attempts: 5,
+            failure_ttl_s: 5,
             admin_uids: Vec::new(),
             spool_bytes: 50 << 30,
             log_format: LogFormat::Text,
@@ -348,6 +358,7 @@ impl Default for Node {
             submit_wait_s: 2,
             writable_bytes: 8 << 30,
             user_mounts: true,
+            user_images: true,
             home: true,
             mount: MountMode::Auto,
             binds: Vec::new(),

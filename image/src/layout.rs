@@ -52,6 +52,24 @@ pub fn ref_entry(reference: &ImageRef) -> PathBuf {
     }
 }
 
+/// The reference whose signed entry lies at `path`, relative to the store.
+pub fn parse_ref_entry(path: &Path) -> Option<ImageRef> {
+    let parts: Vec<&str> = path.iter().map(|p| p.to_str()).collect::<Option<_>>()?;
+    let [REFS, registry, repository @ .., kind, file] = parts.as_slice() else {
+        return None;
+    };
+    let name = file.strip_suffix(".json")?;
+    let repository = repository.join("/");
+    let text = match *kind {
+        "_tags" => format!("{registry}/{repository}:{name}"),
+        "_digests" => format!("{registry}/{repository}@sha256:{name}"),
+        _ => return None,
+    };
+    let reference = ImageRef::parse(&text, None).ok()?;
+    // Only what this module writes: no second spelling of a name.
+    (ref_entry(&reference) == path).then_some(reference)
+}
+
 /// What the name of an image's folder says: `<64 hex>-<os>-<architecture>[-<variant>]`.
 pub fn parse_image_dir(name: &str) -> Option<(Digest, Platform)> {
     let (hex, platform) = name.split_once('-').filter(|_| !name.contains('/'))?;
@@ -115,6 +133,30 @@ mod tests {
     fn an_image_folder_is_one_folder() {
         let name = format!("{}-linux/amd64", Digest::of(b"x").hex());
         assert_eq!(parse_image_dir(&name), None);
+    }
+
+    #[test]
+    fn a_signed_entrys_path_names_its_reference() {
+        let digest = Digest::of(b"x");
+        for text in ["r.example:5000/a/b:1", "docker.io/library/debian:12"] {
+            let tag = ImageRef::parse(text, None).unwrap();
+            assert_eq!(parse_ref_entry(&ref_entry(&tag)), Some(tag.clone()));
+            let by_digest = tag.with_digest(digest);
+            let read = parse_ref_entry(&ref_entry(&by_digest)).unwrap();
+            assert_eq!(
+                (read.repository(), read.digest()),
+                (tag.repository(), Some(digest))
+            );
+        }
+        for other in [
+            "refs/r.example/a/_tags/1",
+            "refs/r.example/a/_other/1.json",
+            "refs/_tags/1.json",
+            "images/r/a/_tags/1.json",
+            "refs/docker.io/debian/_tags/12.json",
+        ] {
+            assert_eq!(parse_ref_entry(Path::new(other)), None, "{other}");
+        }
     }
 
     #[test]

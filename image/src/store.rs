@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use crate::digest::{Digest, clip, hex};
 use crate::layout;
 use crate::platform::Platform;
+use crate::reference::ImageRef;
 
 const FIRST_LINE: &str = "berth-store 1";
 
@@ -268,6 +269,28 @@ impl Store {
         for fan in self.list(&base).or_else(not_found_is_done)? {
             for name in self.list(&base.join(fan))? {
                 found.extend(name.to_str().and_then(layout::parse_image_dir));
+            }
+        }
+        Ok(found)
+    }
+
+    /// The references that have a signed entry, with the entry's path relative to the store, in no particular order.
+    pub fn ref_entries(&self) -> io::Result<Vec<(ImageRef, PathBuf)>> {
+        let mut found = Vec::new();
+        let mut folders = vec![PathBuf::from(layout::REFS)];
+        while let Some(folder) = folders.pop() {
+            let entries = match std::fs::read_dir(self.path.join(&folder)) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                entries => entries?,
+            };
+            for entry in entries {
+                let entry = entry?;
+                let path = folder.join(entry.file_name());
+                if entry.file_type()?.is_dir() {
+                    folders.push(path);
+                } else if let Some(reference) = layout::parse_ref_entry(&path) {
+                    found.push((reference, path));
+                }
             }
         }
         Ok(found)
