@@ -143,6 +143,36 @@ pub struct ImageDetail {
     pub record: serde_json::Value,
 }
 
+/// Body of `POST /v1/grants`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GrantRequest {
+    /// Manifest digest.
+    pub digest: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<String>,
+    /// The node that will read, for logs.
+    pub node: String,
+    /// How long it will, for example until the job's end; a day without this, at most 31.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<u64>,
+}
+
+/// Answer of `POST /v1/grants`. A secret: whoever has it reads the image in the caller's place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Grant {
+    /// For the header `Authorization: Berth-Grant …`.
+    pub grant: String,
+    pub expires_at: String,
+}
+
+/// Answer of `PUT /v1/images/{digest}/trace`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TraceKept {
+    /// `false`: there is one already, which only an admin replaces.
+    pub kept: bool,
+}
+
 /// Answer of `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Status {

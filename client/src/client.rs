@@ -14,8 +14,8 @@ use ureq::unversioned::transport::DefaultConnector;
 use ureq::{Agent, Body, BodyReader};
 
 use crate::api::{
-    ErrorAnswer, Image, ImageDetail, PinRequest, Pins, Pull, PullRequest, ResolveRequest, Resolved,
-    Status,
+    ErrorAnswer, ErrorKind, Grant, GrantRequest, Image, ImageDetail, PinRequest, Pins, Pull,
+    PullRequest, ResolveRequest, Resolved, Status, TraceKept,
 };
 use crate::error::ClientError;
 use crate::munge::{Munge, request_payload};
@@ -175,6 +175,63 @@ impl Client {
         self.get(&format!("/v1/images/{digest}"))
     }
 
+    /// The signed record of an image, as it lies in the store: to be verified.
+    pub fn record(
+        &self,
+        digest: &berth_image::Digest,
+        platform: &berth_image::Platform,
+    ) -> Result<Vec<u8>, ClientError> {
+        let path = image_path(digest, platform, "record");
+        let response = self.send("GET", &path, None, Some(self.limit))?;
+        self.read(self.checked(response)?)
+    }
+
+    /// A grant to read an image's file, for whoever this process is; to be handed to a node's image server together
+    /// with [`Client::data_source`].
+    pub fn grant(&self, request: &GrantRequest) -> Result<Grant, ClientError> {
+        self.post("/v1/grants", request)
+    }
+
+    /// Where a node's image server finds an image's file: a URL, or the path of the daemon's socket, `:` and a path.
+    pub fn data_source(
+        &self,
+        digest: &berth_image::Digest,
+        platform: &berth_image::Platform,
+    ) -> String {
+        let path = image_path(digest, platform, "data");
+        match self.munge {
+            Some(_) => format!("{}{path}", self.base),
+            None => format!("{}:{path}", self.place),
+        }
+    }
+
+    /// What a start of an image touches, where somebody recorded it: a trace to be checked.
+    pub fn trace(
+        &self,
+        digest: &berth_image::Digest,
+        platform: &berth_image::Platform,
+    ) -> Result<Option<Vec<u8>>, ClientError> {
+        let path = image_path(digest, platform, "trace");
+        let response = self.send("GET", &path, None, Some(self.limit))?;
+        match self.checked(response) {
+            Err(ClientError::Api(e)) if e.kind == ErrorKind::NotFound => Ok(None),
+            checked => self.read(checked?).map(Some),
+        }
+    }
+
+    /// Sends a trace. One that is there already stays, but for an admin.
+    pub fn put_trace(
+        &self,
+        digest: &berth_image::Digest,
+        platform: &berth_image::Platform,
+        trace: &str,
+    ) -> Result<TraceKept, ClientError> {
+        let path = image_path(digest, platform, "trace");
+        let body = trace.as_bytes().to_vec();
+        let response = self.send("PUT", &path, Some(body), Some(self.limit))?;
+        self.json(response)
+    }
+
     /// Takes an image out of the store. For admins.
     pub fn remove(&self, digest: &berth_image::Digest) -> Result<(), ClientError> {
         let path = format!("/v1/images/{digest}");
@@ -300,6 +357,14 @@ impl Client {
             why,
         }
     }
+}
+
+fn image_path(
+    digest: &berth_image::Digest,
+    platform: &berth_image::Platform,
+    what: &str,
+) -> String {
+    format!("/v1/images/{digest}/{what}?platform={platform}")
 }
 
 /// What each request starts from: no proxy and no redirect ever, an error status is an answer.

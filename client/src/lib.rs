@@ -14,3 +14,4 @@ mod unix;
 pub use client::{Client, Probe, PullEvents};
 pub use error::ClientError;
 pub use munge::{Credential, Munge, MungeError, request_payload};
+pub use unix::{NoResolver, UnixConnector};

@@ -16,14 +16,14 @@ use ureq::{Error, Timeout};
 
 /// Connects every request to one socket, whatever its URI says.
 #[derive(Debug)]
-pub(crate) struct UnixConnector(pub(crate) PathBuf);
+pub struct UnixConnector(pub PathBuf);
 
 /// Looks nothing up: [`UnixConnector`] needs no address.
 #[derive(Debug)]
-pub(crate) struct NoResolver;
+pub struct NoResolver;
 
 #[derive(Debug)]
-pub(crate) struct UnixTransport {
+pub struct UnixTransport {
     stream: UnixStream,
     buffers: LazyBuffers,
 }

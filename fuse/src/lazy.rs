@@ -1,19 +1,22 @@
-//! Which image, and how its bytes are got: the options of both `mount` and `serve`.
+//! Which image, and how its bytes are got: the options of all that serve one image.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use berth_fuse::chunks::{
-    CacheFile, ChunkStore, FileOrigin, HttpOrigin, Origin, OriginError, Origins, Sealed,
+    Cache, ChunkStore, FileSource, HttpSource, Pace, Sealed, Source, SourceError, Sources,
 };
+use berth_image::trace::Trace;
 use berth_squashfs::read::ReadAt;
 use clap::Args;
 
 use crate::Failure;
 
-/// Where an image's bytes come from, besides its file.
+/// Where an image's bytes come from, besides its file. The variable BERTH_GRANT holds the grant to show to HTTP
+/// sources, where one is needed.
 #[derive(Args, Clone, Debug)]
 pub struct Lazy {
     /// The sealed root of the image's hash tree: every byte is checked against it.
@@ -22,25 +25,52 @@ pub struct Lazy {
     /// Where the hash tree starts in the image file.
     #[arg(long, value_name = "BYTES", requires = "verity_root")]
     pub hash_offset: Option<u64>,
-    /// More places to get the image from, asked in this order: files or http:// URLs.
+    /// More places to get the image from, asked in this order: files, URLs, or SOCKET:/PATH.
     #[arg(long = "from", value_name = "SOURCE", requires = "verity_root")]
     pub sources: Vec<String>,
     /// Fetch by this HTTP proxy.
     #[arg(long, value_name = "URL", requires = "verity_root")]
     pub proxy: Option<String>,
-    /// Keep what was fetched in this folder.
+    /// Keep what was fetched in this folder, which all images of a node share.
     #[arg(long, value_name = "DIR", requires = "verity_root")]
     pub cache: Option<PathBuf>,
-    /// Most bytes to keep there for this image.
-    #[arg(long, value_name = "BYTES", default_value_t = 16 << 30)]
-    pub cache_limit: u64,
+    /// Most bytes to keep there; a tenth of its filesystem without this.
+    #[arg(long, value_name = "BYTES")]
+    pub cache_limit: Option<u64>,
+    /// Fetch first what this trace names.
+    #[arg(long, value_name = "FILE", requires = "cache")]
+    pub trace: Option<PathBuf>,
+    /// Write a trace of what is read until the image is unmounted.
+    #[arg(long, value_name = "FILE", requires = "verity_root")]
+    pub record: Option<PathBuf>,
+    /// Fetch the rest as well, at so many bytes a second, as long as no reader waits.
+    #[arg(long, value_name = "BYTES", requires = "cache")]
+    pub fill: Option<u64>,
+}
+
+/// A recording that is written when its image is served no more.
+#[derive(Debug)]
+pub struct Recording {
+    store: Arc<ChunkStore>,
+    file: PathBuf,
+}
+
+impl Recording {
+    /// Writes what was read until now.
+    pub fn finish(self) -> Result<(), Failure> {
+        let trace = self.store.recorded().ok_or("nothing was recorded")??;
+        std::fs::write(&self.file, trace.to_json())
+            .map_err(|error| format!("cannot write \"{}\": {error}", self.file.display()))?;
+        Ok(())
+    }
 }
 
 /// 32 bytes, in hex on the command line.
 #[derive(Clone, Copy, Debug)]
 pub struct Root(pub [u8; 32]);
 
-fn parse_root(text: &str) -> Result<Root, String> {
+/// Reads one.
+pub fn parse_root(text: &str) -> Result<Root, String> {
     let wrong = || "not 64 hexadecimal digits".to_owned();
     let mut root = [0; 32];
     if text.len() != 64 || !text.is_ascii() {
@@ -63,12 +93,21 @@ impl Lazy {
             "--verity-root".to_owned(),
             hex,
             format!("--hash-offset={hash_offset}"),
-            format!("--cache-limit={}", self.cache_limit),
         ];
         all.extend(self.sources.iter().map(|source| format!("--from={source}")));
         all.extend(self.proxy.iter().map(|proxy| format!("--proxy={proxy}")));
-        let cache = self.cache.iter();
-        all.extend(cache.map(|folder| format!("--cache={}", folder.display())));
+        let limit = self.cache_limit.iter();
+        all.extend(limit.map(|limit| format!("--cache-limit={limit}")));
+        all.extend(self.fill.iter().map(|rate| format!("--fill={rate}")));
+        let paths = [
+            ("cache", &self.cache),
+            ("trace", &self.trace),
+            ("record", &self.record),
+        ];
+        let paths = paths
+            .iter()
+            .filter_map(|(name, path)| Some((name, path.as_deref()?)));
+        all.extend(paths.map(|(name, path)| format!("--{name}={}", path.display())));
         all
     }
 
@@ -83,37 +122,83 @@ impl Lazy {
             let image = image.ok_or("an image that is no file needs --verity-root")?;
             return Ok(Box::new(File::from(image)));
         };
-        let mut origins: Vec<Box<dyn Origin>> = Vec::new();
+        let sealed = Sealed { root, hash_offset };
+        Ok(Box::new(self.store(sealed, image, deadline)?))
+    }
+
+    /// The same, for who serves it: with what is fetched before anybody asks, and a recording if one is wanted.
+    pub fn open_to_serve(
+        &self,
+        image: Option<OwnedFd>,
+        deadline: Duration,
+    ) -> Result<(Box<dyn ReadAt>, Option<Recording>), Failure> {
+        let (Some(Root(root)), Some(hash_offset)) = (self.verity_root, self.hash_offset) else {
+            return Ok((self.open(image, deadline)?, None));
+        };
+        let sealed = Sealed { root, hash_offset };
+        let store = self.store(sealed, image, deadline)?;
+        if let Some(file) = &self.trace {
+            let text = std::fs::read(file)
+                .map_err(|error| format!("cannot read \"{}\": {error}", file.display()))?;
+            let trace = Trace::from_json(&root, hash_offset, &text)?;
+            store.replay(&trace, Pace::default());
+        }
+        if let Some(rate) = self.fill {
+            store.fill(Pace {
+                bytes_per_s: Some(rate),
+                last: true,
+            });
+        }
+        let recording = self.record.clone().map(|file| {
+            store.record();
+            let store = Arc::clone(&store);
+            Recording { store, file }
+        });
+        Ok((Box::new(store), recording))
+    }
+
+    fn store(
+        &self,
+        sealed: Sealed,
+        image: Option<OwnedFd>,
+        deadline: Duration,
+    ) -> Result<Arc<ChunkStore>, Failure> {
+        let mut sources: Vec<Box<dyn Source>> = Vec::new();
         if let Some(image) = image {
-            origins.push(Box::new(FileOrigin::new(image.into(), "the image file")));
+            sources.push(Box::new(FileSource::new(image.into(), "the image file")));
         }
         for source in &self.sources {
-            match self.origin(source) {
-                Ok(origin) => origins.push(origin),
+            match self.source(source) {
+                Ok(source) => sources.push(source),
                 Err(error) => tracing::warn!(source, %error, "a source is left out"),
             }
         }
-        let sealed = Sealed { root, hash_offset };
-        let store = ChunkStore::open(
-            sealed,
-            Origins::new(origins, deadline * 4 / 5),
-            |pieces| {
-                let folder = self.cache.as_deref();
-                folder.map(|folder| CacheFile::open(folder, &root, pieces))
-            },
-            self.cache_limit,
-        )?;
-        Ok(Box::new(store))
+        let cache = self
+            .cache
+            .as_ref()
+            .map(|folder| Cache::open(folder, self.cache_limit));
+        let cache = cache.and_then(|cache| match cache {
+            Ok(cache) => Some(cache),
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "goes on without a cache");
+                None
+            }
+        });
+        let sources = Sources::new(sources, deadline * 4 / 5);
+        Ok(ChunkStore::open(sealed, sources, cache.as_ref())?)
     }
 
-    fn origin(&self, source: &str) -> Result<Box<dyn Origin>, OriginError> {
-        if source.starts_with("http://") {
-            return Ok(Box::new(HttpOrigin::new(source, self.proxy.as_deref())?));
+    fn source(&self, source: &str) -> Result<Box<dyn Source>, SourceError> {
+        if source.contains("://") || source.starts_with('/') && source.contains(":/") {
+            let grant = std::env::var("BERTH_GRANT").ok();
+            let proxy = self.proxy.as_deref();
+            return Ok(Box::new(HttpSource::new(source, grant.as_deref(), proxy)?));
         }
-        let file = File::open(Path::new(source)).map_err(|error| OriginError::Failed {
-            origin: source.to_owned(),
+        let file = File::open(Path::new(source)).map_err(|error| SourceError::Failed {
+            source_name: source.to_owned(),
             what: error.to_string(),
         })?;
-        Ok(Box::new(FileOrigin::new(file, source)))
+        Ok(Box::new(FileSource::new(file, source)))
     }
 }

@@ -1,14 +1,15 @@
-//! The chunk store against origins that misbehave, a cache that is damaged, full or too small, and restarts.
+//! The chunk store against sources that misbehave, a cache that is damaged, full or too small, and restarts.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_fuse::chunks::{
-    CacheFile, ChunkStore, HttpOrigin, Origin, OriginError, Origins, PIECE, Sealed,
+    CHUNK, Cache, ChunkStore, HttpSource, Pace, Sealed, Source, SourceError, Sources,
 };
 use berth_squashfs::read::ReadAt;
 use sha2::{Digest, Sha256};
@@ -64,19 +65,24 @@ fn sealed_file(blocks: u64) -> (Arc<Vec<u8>>, Sealed) {
     (Arc::new(file), Sealed { root, hash_offset })
 }
 
-/// What an origin does with its next fetches, one after another; then it is good.
+/// What a source does with its next fetches, the last of the list first; then it is good.
 #[derive(Debug, Clone, Copy)]
 enum Fault {
     WrongByte,
+    Short,
     Refuse,
     Busy,
+    /// Nothing until its time is over.
+    Hang,
 }
 
 #[derive(Debug, Clone)]
 struct Memory {
     file: Arc<Vec<u8>>,
     faults: Arc<Mutex<Vec<Fault>>>,
+    away: Arc<std::sync::atomic::AtomicBool>,
     fetches: Arc<AtomicUsize>,
+    bytes: Arc<AtomicUsize>,
 }
 
 impl Memory {
@@ -84,56 +90,73 @@ impl Memory {
         Self {
             file: Arc::clone(file),
             faults: Arc::default(),
+            away: Arc::default(),
             fetches: Arc::default(),
+            bytes: Arc::default(),
         }
     }
 
     fn fetches(&self) -> usize {
         self.fetches.load(Ordering::SeqCst)
     }
+
+    fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::SeqCst)
+    }
 }
 
-impl Origin for Memory {
+impl Source for Memory {
     fn name(&self) -> &str {
         "memory"
     }
 
-    fn fetch(&self, offset: u64, buf: &mut [u8], _limit: Duration) -> Result<(), OriginError> {
+    fn open(&self, range: Range<u64>, limit: Duration) -> Result<Box<dyn Read + '_>, SourceError> {
         self.fetches.fetch_add(1, Ordering::SeqCst);
-        let fault = self.faults.lock().unwrap().pop();
-        let from = offset as usize;
-        buf.copy_from_slice(&self.file[from..from + buf.len()]);
-        let origin = "memory".to_owned();
-        match fault {
-            None => Ok(()),
-            Some(Fault::WrongByte) => {
-                buf[buf.len() / 2] ^= 1;
-                Ok(())
-            }
-            Some(Fault::Refuse) => Err(OriginError::Failed {
-                origin,
-                what: "refused".to_owned(),
-            }),
-            Some(Fault::Busy) => Err(OriginError::Busy {
-                origin,
-                wait: Duration::from_millis(5),
-            }),
+        let mut fault = self.faults.lock().unwrap().pop();
+        if self.away.load(Ordering::SeqCst) {
+            fault = Some(Fault::Refuse);
         }
+        let mut bytes = self.file[range.start as usize..range.end as usize].to_vec();
+        let source_name = "memory".to_owned();
+        match fault {
+            None => {}
+            Some(Fault::WrongByte) => {
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 1;
+            }
+            Some(Fault::Short) => bytes.truncate(bytes.len() / 2),
+            Some(Fault::Hang) => {
+                std::thread::sleep(limit);
+                bytes.clear();
+            }
+            Some(Fault::Refuse) => {
+                return Err(SourceError::Failed {
+                    source_name,
+                    what: "refused".to_owned(),
+                });
+            }
+            Some(Fault::Busy) => {
+                return Err(SourceError::Busy {
+                    source_name,
+                    wait: Duration::from_millis(5),
+                });
+            }
+        }
+        self.bytes.fetch_add(bytes.len(), Ordering::SeqCst);
+        Ok(Box::new(std::io::Cursor::new(bytes)))
     }
 }
 
-fn origins(all: Vec<Box<dyn Origin>>) -> Origins {
-    Origins::new(all, Duration::from_secs(20))
+fn sources(all: Vec<Box<dyn Source>>) -> Sources {
+    Sources::new(all, Duration::from_secs(20))
 }
 
-fn open(sealed: Sealed, origin: &Memory, folder: Option<&Path>, limit: u64) -> ChunkStore {
-    ChunkStore::open(
-        sealed,
-        origins(vec![Box::new(origin.clone())]),
-        |pieces| folder.map(|folder| CacheFile::open(folder, &sealed.root, pieces)),
-        limit,
-    )
-    .unwrap()
+fn cache(folder: &Path, limit: u64) -> Arc<Cache> {
+    Cache::open(folder, Some(limit)).unwrap()
+}
+
+fn open(sealed: Sealed, source: &Memory, cache: Option<&Arc<Cache>>) -> Arc<ChunkStore> {
+    ChunkStore::open(sealed, sources(vec![Box::new(source.clone())]), cache).unwrap()
 }
 
 fn read_all(store: &ChunkStore, file: &[u8], sealed: &Sealed, step: usize) {
@@ -146,40 +169,62 @@ fn read_all(store: &ChunkStore, file: &[u8], sealed: &Sealed, step: usize) {
     }
 }
 
-const BLOCKS_A_PIECE: u64 = PIECE / BLOCK as u64;
+/// Waits, bounded, for what background threads do.
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(30);
+    while !done() {
+        assert!(Instant::now() < end, "never: {what}");
+        std::thread::yield_now();
+    }
+}
+
+fn disk_bytes(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let blocks = entries.map(|entry| {
+        std::os::unix::fs::MetadataExt::blocks(&entry.unwrap().metadata().unwrap()) * 512
+    });
+    blocks.sum()
+}
+
+fn file_of(folder: &Path, ending: &str) -> PathBuf {
+    let entries = std::fs::read_dir(folder).unwrap();
+    let mut paths = entries.map(|entry| entry.unwrap().path());
+    let found = paths.find(|path| path.extension().is_some_and(|e| e == ending));
+    found.unwrap()
+}
+
+const BLOCKS_A_CHUNK: u64 = CHUNK / BLOCK as u64;
 
 #[test]
 fn images_of_all_sizes_are_read_right() {
     for blocks in [
         1,
         2,
+        BLOCKS_A_CHUNK,
+        BLOCKS_A_CHUNK + 1,
         128,
         129,
-        BLOCKS_A_PIECE,
-        BLOCKS_A_PIECE + 1,
         128 * 128 + 3,
     ] {
         let (file, sealed) = sealed_file(blocks);
         let dir = tempfile::tempdir().unwrap();
-        let origin = Memory::new(&file);
-        for folder in [None, Some(dir.path())] {
-            let store = open(sealed, &origin, folder, u64::MAX);
+        let source = Memory::new(&file);
+        for cache in [None, Some(cache(dir.path(), u64::MAX))] {
+            let store = open(sealed, &source, cache.as_ref());
             read_all(&store, &file, &sealed, 300_000);
-            assert!(
-                store
-                    .read_exact_at(&mut [0; 2], sealed.hash_offset - 1)
-                    .is_err()
-            );
+            let beyond = store.read_exact_at(&mut [0; 2], sealed.hash_offset - 1);
+            assert!(beyond.is_err());
+            store.read_exact_at(&mut [], sealed.hash_offset).unwrap();
         }
     }
 }
 
 #[test]
-fn many_readers_fetch_each_piece_once() {
-    let (file, sealed) = sealed_file(8 * BLOCKS_A_PIECE);
+fn many_readers_fetch_each_byte_once() {
+    let (file, sealed) = sealed_file(64 * BLOCKS_A_CHUNK);
     let dir = tempfile::tempdir().unwrap();
-    let origin = Memory::new(&file);
-    let store = open(sealed, &origin, Some(dir.path()), u64::MAX);
+    let source = Memory::new(&file);
+    let store = open(sealed, &source, Some(&cache(dir.path(), u64::MAX)));
     let start = Barrier::new(8);
     std::thread::scope(|scope| {
         for _ in 0..8 {
@@ -189,109 +234,248 @@ fn many_readers_fetch_each_piece_once() {
             });
         }
     });
-    // Eight pieces of data, one of leaves, the head of the tree.
-    assert_eq!(origin.fetches(), 10);
+    assert_eq!(source.bytes(), file.len());
+    let stats = store.stats();
+    // 64 chunks of data and one of leaves.
+    assert_eq!(stats.misses + stats.ahead, 65, "{stats:?}");
+    assert_eq!((stats.damaged, stats.not_kept), (0, 0));
 }
 
 #[test]
-fn a_restart_fetches_nothing_and_needs_no_origin() {
-    let (file, sealed) = sealed_file(3 * BLOCKS_A_PIECE + 7);
+fn who_reads_in_order_is_served_ahead_in_long_fetches() {
+    let (file, sealed) = sealed_file(512 * BLOCKS_A_CHUNK);
     let dir = tempfile::tempdir().unwrap();
-    let origin = Memory::new(&file);
-    read_all(
-        &open(sealed, &origin, Some(dir.path()), u64::MAX),
-        &file,
-        &sealed,
-        1 << 20,
-    );
-    let cache = |pieces| Some(CacheFile::open(dir.path(), &sealed.root, pieces));
-    let store = ChunkStore::open(sealed, origins(vec![]), cache, u64::MAX).unwrap();
+    let source = Memory::new(&file);
+    let store = open(sealed, &source, Some(&cache(dir.path(), u64::MAX)));
+    read_all(&store, &file, &sealed, 131_072);
+    assert_eq!(source.bytes(), file.len());
+    assert!(store.stats().ahead > 0);
+    assert!(source.fetches() < 256, "{}", source.fetches());
+}
+
+#[test]
+fn a_restart_fetches_nothing_and_needs_no_source() {
+    let (file, sealed) = sealed_file(3 * BLOCKS_A_CHUNK + 7);
+    let dir = tempfile::tempdir().unwrap();
+    let source = Memory::new(&file);
+    let first = open(sealed, &source, Some(&cache(dir.path(), u64::MAX)));
+    read_all(&first, &file, &sealed, 1 << 20);
+    drop(first);
+    let cache = cache(dir.path(), u64::MAX);
+    let store = ChunkStore::open(sealed, sources(vec![]), Some(&cache)).unwrap();
     read_all(&store, &file, &sealed, 100_000);
-    assert_eq!((store.stats().fetched, store.stats().damaged), (0, 0));
+    let stats = store.stats();
+    assert_eq!((stats.misses, stats.damaged), (0, 0), "{stats:?}");
 }
 
 #[test]
-fn damage_on_the_local_disk_is_seen_and_fetched_anew() {
-    let (file, sealed) = sealed_file(3 * BLOCKS_A_PIECE);
+fn damage_on_the_local_disk_is_seen_and_fetched_anew_also_while_it_is_used() {
+    let (file, sealed) = sealed_file(3 * BLOCKS_A_CHUNK);
     let dir = tempfile::tempdir().unwrap();
-    let origin = Memory::new(&file);
-    read_all(
-        &open(sealed, &origin, Some(dir.path()), u64::MAX),
-        &file,
-        &sealed,
-        1 << 20,
-    );
-    let data = std::fs::read_dir(dir.path())
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    let data = data.filter(|path| path.extension().is_some_and(|e| e == "data"));
+    let source = Memory::new(&file);
+    let cache = cache(dir.path(), u64::MAX);
+    let mut store = open(sealed, &source, Some(&cache));
+    read_all(&store, &file, &sealed, 1 << 20);
     let disk = std::fs::OpenOptions::new()
         .write(true)
-        .open(data.last().unwrap())
+        .open(file_of(dir.path(), "data"))
         .unwrap();
-    // One byte of the second data piece, and one of the leaves.
-    for at in [PIECE + 12_345, sealed.hash_offset + 3 * BLOCK as u64 + 100] {
-        std::os::unix::fs::FileExt::write_all_at(&disk, b"\xee", at).unwrap();
+    for restart in [false, true] {
+        if restart {
+            drop(store);
+            store = open(sealed, &source, Some(&cache));
+        }
+        let (bytes, damaged) = (source.bytes(), store.stats().damaged);
+        // One byte of the second data chunk, and one of the leaves.
+        for at in [CHUNK + 12_345, sealed.hash_offset + BLOCK as u64 + 100] {
+            std::os::unix::fs::FileExt::write_all_at(&disk, b"\xee", at).unwrap();
+        }
+        read_all(&store, &file, &sealed, 1 << 20);
+        assert_eq!(store.stats().damaged - damaged, 2);
+        assert_eq!(source.bytes() - bytes, CHUNK as usize + BLOCK);
+        assert!(cache.used() <= file.len() as u64);
     }
-    let before = origin.fetches();
-    let store = open(sealed, &origin, Some(dir.path()), u64::MAX);
-    read_all(&store, &file, &sealed, 1 << 20);
-    assert_eq!(store.stats().damaged, 2);
-    assert_eq!(origin.fetches() - before, 2);
+}
+
+/// A map may say anything after a crash: its promise is checked.
+#[test]
+fn a_map_that_promises_what_is_not_there_is_not_believed() {
+    let (file, sealed) = sealed_file(20 * BLOCKS_A_CHUNK);
+    let dir = tempfile::tempdir().unwrap();
+    let source = Memory::new(&file);
+    let touch = || {
+        let store = open(sealed, &source, Some(&cache(dir.path(), u64::MAX)));
+        store.read_exact_at(&mut [0; 8], 0).unwrap();
+    };
+    touch();
+    let map = file_of(dir.path(), "map");
+    let whole = std::fs::read(&map).unwrap();
+    let mut all = whole.clone();
+    all[64..].fill(1);
+    let mut other = whole.clone();
+    other[20] ^= 1;
+    let cut = whole[..whole.len() - 1].to_vec();
+    for wrong in [all, other, cut, Vec::new(), vec![0xff; whole.len() + 9]] {
+        std::fs::write(&map, wrong).unwrap();
+        let store = open(sealed, &source, Some(&cache(dir.path(), u64::MAX)));
+        read_all(&store, &file, &sealed, 1 << 20);
+        drop(store);
+        std::fs::remove_file(file_of(dir.path(), "data")).unwrap();
+        touch();
+    }
+}
+
+const KILLED: &str = "BERTH_TEST_KILLED_IN";
+
+/// Not a test of its own: what [`killed_at_any_moment`] kills.
+#[test]
+fn reads_until_it_is_killed() {
+    let Some(folder) = std::env::var_os(KILLED) else {
+        return;
+    };
+    let (file, sealed) = sealed_file(256 * BLOCKS_A_CHUNK);
+    let cache = cache(Path::new(&folder), 8 << 20);
+    println!("reading");
+    loop {
+        let store = open(sealed, &Memory::new(&file), Some(&cache));
+        read_all(&store, &file, &sealed, 200_000);
+    }
 }
 
 #[test]
-fn wrong_bytes_refusals_and_busy_origins_are_survived() {
-    let (file, sealed) = sealed_file(4 * BLOCKS_A_PIECE);
-    let origin = Memory::new(&file);
-    let store = open(sealed, &origin, None, 0);
+fn killed_at_any_moment_it_goes_on_with_right_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, sealed) = sealed_file(256 * BLOCKS_A_CHUNK);
+    for round in 0..12u64 {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "reads_until_it_is_killed", "--nocapture"])
+            .env(KILLED, dir.path())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        assert!(out.lines().any(|line| line.unwrap().contains("reading")));
+        // Not a wait for anything: where in its work it dies shall differ.
+        std::thread::sleep(Duration::from_millis(7 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let cache = cache(dir.path(), 8 << 20);
+        let store = open(sealed, &Memory::new(&file), Some(&cache));
+        read_all(&store, &file, &sealed, 333_333);
+        assert!(cache.used() <= 8 << 20);
+    }
+}
+
+#[test]
+fn sources_that_misbehave_are_survived() {
+    let (file, sealed) = sealed_file(40 * BLOCKS_A_CHUNK);
+    let source = Memory::new(&file);
+    let store = open(sealed, &source, None);
     let faults = [
         Fault::WrongByte,
+        Fault::Short,
         Fault::Refuse,
         Fault::Busy,
         Fault::WrongByte,
     ];
-    *origin.faults.lock().unwrap() = faults.to_vec();
+    *source.faults.lock().unwrap() = faults.to_vec();
     read_all(&store, &file, &sealed, 1 << 20);
-    // An origin that is always wrong gives an error in time, never bytes.
+    assert_eq!(store.sources().wrong(), 2);
+}
+
+#[test]
+fn a_source_that_is_always_wrong_gives_an_error_in_time_and_another_one_is_asked() {
+    let (file, sealed) = sealed_file(40 * BLOCKS_A_CHUNK);
     let mut wrong = (*file).clone();
-    wrong[100] ^= 1;
+    for byte in wrong[..sealed.hash_offset as usize]
+        .iter_mut()
+        .step_by(BLOCK)
+    {
+        *byte ^= 1;
+    }
     let liar = Memory::new(&Arc::new(wrong));
-    let patience = Duration::from_millis(200);
-    let only = Origins::new(vec![Box::new(liar.clone())], patience);
-    let store = ChunkStore::open(sealed, only, |_| None, 0).unwrap();
+    let only = Sources::new(vec![Box::new(liar.clone())], Duration::from_millis(300));
+    let store = ChunkStore::open(sealed, only, None).unwrap();
     assert!(store.read_exact_at(&mut [0; 8], 0).is_err());
-    // With a good one behind it, nobody notices.
-    let both = origins(vec![Box::new(liar), Box::new(origin)]);
-    let store = ChunkStore::open(sealed, both, |_| None, 0).unwrap();
+    let both = sources(vec![Box::new(liar), Box::new(Memory::new(&file))]);
+    let store = ChunkStore::open(sealed, both, None).unwrap();
     read_all(&store, &file, &sealed, 1 << 20);
-    assert!(store.origins().fetched()[1].1 >= PIECE);
+    assert!(store.sources().fetched()[1].1 >= sealed.hash_offset);
+}
+
+#[test]
+fn a_source_that_hangs_does_not_take_all_the_time_and_alone_it_gives_an_error() {
+    let (file, sealed) = sealed_file(40 * BLOCKS_A_CHUNK);
+    let hanging = Memory::new(&file);
+    let good = Memory::new(&file);
+    let patience = Duration::from_millis(600);
+    let both = Sources::new(vec![Box::new(hanging.clone()), Box::new(good)], patience);
+    let store = ChunkStore::open(sealed, both, None).unwrap();
+    *hanging.faults.lock().unwrap() = vec![Fault::Hang; 100];
+    read_all(&store, &file, &sealed, 1 << 20);
+    let alone = Sources::new(vec![Box::new(hanging.clone())], patience);
+    hanging.faults.lock().unwrap().clear();
+    let store = ChunkStore::open(sealed, alone, None).unwrap();
+    *hanging.faults.lock().unwrap() = vec![Fault::Hang; 100];
+    // Many want the same: each has its own end.
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| assert!(store.read_exact_at(&mut [0; 8], 0).is_err()));
+        }
+    });
+}
+
+#[test]
+fn a_source_that_goes_and_comes_back_is_waited_for() {
+    let (file, sealed) = sealed_file(40 * BLOCKS_A_CHUNK);
+    let source = Memory::new(&file);
+    let store = open(sealed, &source, None);
+    source.away.store(true, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut buf = [0; 8];
+            store.read_exact_at(&mut buf, 5 * CHUNK).map(|()| buf)
+        });
+        let refused = source.fetches() + 3;
+        wait_until("it asks again", || source.fetches() >= refused);
+        source.away.store(false, Ordering::SeqCst);
+        let at = 5 * CHUNK as usize;
+        assert_eq!(reader.join().unwrap().unwrap(), file[at..at + 8]);
+    });
 }
 
 #[test]
 fn another_trees_root_opens_nothing() {
     let (file, mut sealed) = sealed_file(200 * 128);
     sealed.root[0] ^= 1;
-    let only = Origins::new(
+    let only = Sources::new(
         vec![Box::new(Memory::new(&file))],
         Duration::from_millis(200),
     );
-    assert!(ChunkStore::open(sealed, only, |_| None, 0).is_err());
+    assert!(ChunkStore::open(sealed, only, None).is_err());
     for offset in [0, 1, u64::MAX, 1 << 60] {
         sealed.hash_offset = offset;
-        assert!(ChunkStore::open(sealed, origins(vec![]), |_| None, 0).is_err());
+        assert!(ChunkStore::open(sealed, sources(vec![]), None).is_err());
     }
 }
 
 #[test]
-fn a_small_cache_evicts_and_stays_small() {
-    let (file, sealed) = sealed_file(12 * BLOCKS_A_PIECE);
+fn a_small_cache_is_shared_by_images_and_stays_small() {
+    let images: Vec<_> = [200, 230]
+        .map(|chunks| sealed_file(chunks * BLOCKS_A_CHUNK + 1))
+        .into();
     let dir = tempfile::tempdir().unwrap();
-    let origin = Memory::new(&file);
-    let store = open(sealed, &origin, Some(dir.path()), 4 * PIECE);
+    let cache = cache(dir.path(), 4 << 20);
+    let open_all = || -> Vec<_> {
+        let open = |(file, sealed): &(Arc<Vec<u8>>, Sealed)| {
+            open(*sealed, &Memory::new(file), Some(&cache))
+        };
+        images.iter().map(open).collect()
+    };
+    let stores = open_all();
     std::thread::scope(|scope| {
         for thread in 0..4usize {
-            let (store, file) = (&store, &file);
+            let ((file, sealed), store) = (&images[thread % 2], &stores[thread % 2]);
             scope.spawn(move || {
                 let mut buf = vec![0; 50_000];
                 for round in 0..400usize {
@@ -303,28 +487,76 @@ fn a_small_cache_evicts_and_stays_small() {
             });
         }
     });
-    assert!(store.stats().evicted > 0);
-    let used: u64 = std::fs::read_dir(dir.path())
-        .unwrap()
-        .map(|entry| {
-            std::os::unix::fs::MetadataExt::blocks(&entry.unwrap().metadata().unwrap()) * 512
-        })
-        .sum();
-    // The limit, and pieces that four threads were writing.
-    assert!(used <= 9 * PIECE, "{used}");
+    assert!(cache.evicted() > 0);
+    assert!(cache.used() <= cache.limit());
+    // Heads, maps and blocks of the filesystem come on top.
+    assert!(disk_bytes(dir.path()) <= cache.limit() + (1 << 20));
+    // An image that nobody reads goes first, and whole.
+    let mut stores = open_all();
+    drop(stores.remove(0));
+    let (file, sealed) = &images[1];
+    read_all(&stores[0], file, sealed, 1 << 20);
+    let maps = std::fs::read_dir(dir.path()).unwrap();
+    let maps = maps.filter(|e| {
+        e.as_ref()
+            .unwrap()
+            .path()
+            .extension()
+            .is_some_and(|e| e == "map")
+    });
+    assert_eq!(maps.count(), 1);
 }
 
 #[test]
-fn a_cache_in_use_is_left_alone() {
-    let (file, sealed) = sealed_file(BLOCKS_A_PIECE);
+fn a_cache_in_use_is_left_alone_and_free_when_its_server_is_gone() {
     let dir = tempfile::tempdir().unwrap();
-    let origin = Memory::new(&file);
-    let first = open(sealed, &origin, Some(dir.path()), u64::MAX);
-    let second = open(sealed, &origin, Some(dir.path()), u64::MAX);
-    read_all(&first, &file, &sealed, 1 << 20);
-    read_all(&second, &file, &sealed, 1 << 20);
-    assert_eq!(first.stats().not_kept, 0);
-    assert!(second.stats().not_kept > 0);
+    let first = cache(dir.path(), u64::MAX);
+    assert!(Cache::open(dir.path(), None).is_err());
+    drop(first);
+    assert!(Cache::open(dir.path(), None).unwrap().limit() > 0);
+}
+
+#[test]
+fn a_trace_brings_what_a_start_reads_and_nothing_else() {
+    let (file, sealed) = sealed_file(600 * BLOCKS_A_CHUNK);
+    let source = Memory::new(&file);
+    let start = |store: &ChunkStore| {
+        for chunk in [500, 3, 4, 5, 77, 300, 301, 302, 2] {
+            let mut buf = [0; 100];
+            store.read_exact_at(&mut buf, chunk * CHUNK).unwrap();
+        }
+    };
+    let (first_dir, second_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = open(sealed, &source, Some(&cache(first_dir.path(), u64::MAX)));
+    first.record();
+    start(&first);
+    let trace = first.recorded().unwrap().unwrap();
+    assert_eq!(trace.bytes(), 9 * CHUNK);
+    let before = source.bytes();
+    let second = open(sealed, &source, Some(&cache(second_dir.path(), u64::MAX)));
+    second.replay(&trace, Pace::default());
+    // Nine chunks, and those of leaves that they need: 2,048 blocks' digests are in one.
+    wait_until("all is there", || second.stats().ahead == 9 + 3);
+    start(&second);
+    let stats = second.stats();
+    assert_eq!((stats.misses, stats.ahead), (0, 12), "{stats:?}");
+    assert!(source.bytes() - before < 14 * CHUNK as usize);
+}
+
+#[test]
+fn an_image_is_filled_in_the_background_also_when_its_source_was_away() {
+    let (file, sealed) = sealed_file(100 * BLOCKS_A_CHUNK);
+    let source = Memory::new(&file);
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(sealed, &source, Some(&cache(dir.path(), u64::MAX)));
+    source.faults.lock().unwrap().push(Fault::Refuse);
+    store.fill(Pace {
+        bytes_per_s: Some(1 << 30),
+        last: true,
+    });
+    wait_until("all is there", || store.stats().ahead >= 101);
+    source.away.store(true, Ordering::SeqCst);
+    read_all(&store, &file, &sealed, 1 << 20);
 }
 
 /// A small HTTP server: `faults` for its first answers, then ranges of `file`.
@@ -350,6 +582,10 @@ fn answer(stream: TcpStream, file: &[u8], faults: &Mutex<Vec<&'static str>>) -> 
             let line = lines.next()?.ok()?;
             if line.is_empty() {
                 break;
+            }
+            if line.starts_with("GET /absolute") {
+                // A proxy is not told which server it is.
+                return None;
             }
             if let Some(value) = line.to_ascii_lowercase().strip_prefix("range: bytes=") {
                 let (from, to) = value.split_once('-')?;
@@ -382,6 +618,11 @@ fn answer(stream: TcpStream, file: &[u8], faults: &Mutex<Vec<&'static str>>) -> 
                 let away = "HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n";
                 stream.write_all(away.as_bytes()).ok()?;
             }
+            Some("other range") => {
+                let length = body.len();
+                write!(stream, "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-{}/{total}\r\nContent-Length: {length}\r\n\r\n", length - 1).ok()?;
+                stream.write_all(&file[..length]).ok()?;
+            }
             Some("hang up") => return None,
             _ => {
                 write!(stream, "{head}Content-Length: {}\r\n\r\n", body.len()).ok()?;
@@ -391,24 +632,52 @@ fn answer(stream: TcpStream, file: &[u8], faults: &Mutex<Vec<&'static str>>) -> 
     }
 }
 
+fn http_store(file: &Arc<Vec<u8>>, sealed: Sealed, source: HttpSource, folder: &Path) {
+    let sources = sources(vec![Box::new(source)]);
+    let store = ChunkStore::open(sealed, sources, Some(&cache(folder, u64::MAX))).unwrap();
+    read_all(&store, file, &sealed, 700_000);
+    let given: u64 = store
+        .sources()
+        .fetched()
+        .iter()
+        .map(|(_, bytes)| bytes)
+        .sum();
+    assert_eq!(given, file.len() as u64);
+}
+
 #[test]
 fn ranges_by_http_survive_all_that_servers_do() {
-    let (file, sealed) = sealed_file(6 * BLOCKS_A_PIECE + 5);
+    let (file, sealed) = sealed_file(96 * BLOCKS_A_CHUNK + 5);
     let faults = vec![
-        "short", "busy", "whole", "hang up", "redirect", "busy", "short",
+        "short",
+        "busy",
+        "whole",
+        "hang up",
+        "redirect",
+        "busy",
+        "short",
+        "other range",
     ];
     let url = http(Arc::clone(&file), faults);
-    let origin = HttpOrigin::new(url, None).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    let store = ChunkStore::open(
-        sealed,
-        origins(vec![Box::new(origin)]),
-        |pieces| Some(CacheFile::open(dir.path(), &sealed.root, pieces)),
-        u64::MAX,
-    )
-    .unwrap();
-    read_all(&store, &file, &sealed, 700_000);
-    assert_eq!(store.stats().fetched, 8);
+    let source = HttpSource::new(&url, None, None).unwrap();
+    http_store(&file, sealed, source, dir.path());
+}
+
+#[test]
+fn a_proxy_is_asked_in_absolute_form() {
+    let (file, sealed) = sealed_file(20 * BLOCKS_A_CHUNK);
+    // The server that is named does not exist: only the proxy is spoken to.
+    let proxy = http(Arc::clone(&file), vec![]).replace("/image", "");
+    let dir = tempfile::tempdir().unwrap();
+    let at = "http://image.invalid:7/absolute/image";
+    let source = HttpSource::new(at, Some("secret"), Some(&proxy)).unwrap();
+    assert!(!format!("{source:?}").contains("secret"));
+    http_store(&file, sealed, source, dir.path());
+    for wrong in ["ftp://x", "http://", "nonsense"] {
+        assert!(HttpSource::new(at, None, Some(wrong)).is_err(), "{wrong}");
+    }
+    assert!(HttpSource::new("file:///x", None, None).is_err());
 }
 
 /// A cache on a filesystem of 2 MiB, which root can make.
@@ -422,26 +691,21 @@ fn a_full_disk_means_going_on_without() {
     let dir = tempfile::tempdir().unwrap();
     let small = dir.path().to_str().unwrap();
     let mount = ["-t", "tmpfs", "-o", "size=2m", "tmpfs", small];
-    assert!(
-        std::process::Command::new("mount")
-            .args(mount)
-            .status()
-            .unwrap()
-            .success()
-    );
+    let run = |program: &str, args: &[&str]| {
+        let status = std::process::Command::new(program).args(args).status();
+        assert!(status.unwrap().success(), "{program}");
+    };
+    run("mount", &mount);
     let result = std::panic::catch_unwind(|| {
-        let (file, sealed) = sealed_file(6 * BLOCKS_A_PIECE);
-        let origin = Memory::new(&file);
-        let store = open(sealed, &origin, Some(dir.path()), u64::MAX);
+        let (file, sealed) = sealed_file(96 * BLOCKS_A_CHUNK);
+        let source = Memory::new(&file);
+        let cache = cache(dir.path(), u64::MAX);
+        let store = open(sealed, &source, Some(&cache));
         read_all(&store, &file, &sealed, 200_000);
-        assert!(store.stats().not_kept >= 4, "{:?}", store.stats());
+        assert!(store.stats().not_kept >= 60, "{:?}", store.stats());
+        // What did fit is there, and its room is known.
+        assert!(cache.used() > 1 << 20 && cache.used() <= 2 << 20);
     });
-    assert!(
-        std::process::Command::new("umount")
-            .arg(small)
-            .status()
-            .unwrap()
-            .success()
-    );
+    run("umount", &[small]);
     result.unwrap();
 }

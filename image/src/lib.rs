@@ -10,6 +10,7 @@ pub mod platform;
 pub mod record;
 pub mod reference;
 pub mod store;
+pub mod trace;
 
 pub use digest::Digest;
 pub use key::{KeyId, PrivateKey, PublicKey};

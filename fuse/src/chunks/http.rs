@@ -1,64 +1,130 @@
-//! Bytes by HTTP: one GET with a Range for each piece.
+//! Bytes by HTTP: one GET with a Range for each run of chunks. TLS by rustls, believed by the system's certificates.
 
 use std::io::Read;
+use std::ops::Range;
+use std::path::Path;
 use std::time::Duration;
 
-use super::origin::{Origin, OriginError};
+use berth_client::{NoResolver, UnixConnector};
+use berth_image::trace::MAX_TRACE;
+use ureq::config::Config;
+use ureq::tls::{RootCerts, TlsConfig};
+use ureq::{Agent, RequestBuilder};
+
+use super::proxy;
+use super::source::{Source, SourceError};
 
 /// An image's file behind a URL.
-#[derive(Debug)]
-pub struct HttpOrigin {
-    agent: ureq::Agent,
+pub struct HttpSource {
+    agent: Agent,
     url: String,
+    name: String,
+    /// What lets us read there; never shown.
+    grant: Option<String>,
+}
+
+impl std::fmt::Debug for HttpSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HttpSource({})", self.name)
+    }
 }
 
 /// Longest wait that a busy server is granted.
 const MOST_WAIT: Duration = Duration::from_secs(10);
+/// Connections kept for the next fetch.
+const IDLE: usize = 8;
 
-impl HttpOrigin {
-    /// `proxy` is the URL of one, for a caching proxy on the node or the rack. The URL must not carry secrets.
-    pub fn new(url: impl Into<String>, proxy: Option<&str>) -> Result<Self, OriginError> {
-        let url = url.into();
-        let proxy = proxy.map(ureq::Proxy::new).transpose();
-        let proxy = proxy.map_err(|error| OriginError::Failed {
-            origin: url.clone(),
-            what: format!("proxy: {error}"),
+impl HttpSource {
+    /// `at` is `http://…`, `https://…`, or the path of a Unix socket with the image's path after a `:`. `proxy` is
+    /// the URL of an HTTP proxy, asked for `http:` in absolute form, so that one that caches (Dragonfly's dfdaemon)
+    /// can, and by CONNECT for `https:`. URLs must not carry secrets: `grant` is what stands in the header.
+    pub fn new(at: &str, grant: Option<&str>, proxy: Option<&str>) -> Result<Self, SourceError> {
+        let (agent, url) = agent(at, proxy).map_err(|what| SourceError::Failed {
+            source_name: at.to_owned(),
+            what,
         })?;
-        let config = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            // A redirect would be to a place that nobody named.
-            .max_redirects(0)
-            .timeout_connect(Some(Duration::from_secs(5)))
-            .proxy(proxy)
-            .build();
         Ok(Self {
-            agent: config.new_agent(),
+            agent,
             url,
+            name: at.to_owned(),
+            grant: grant.map(|grant| format!("Berth-Grant {grant}")),
         })
     }
 
-    fn failed(&self, what: impl ToString) -> OriginError {
-        OriginError::Failed {
-            origin: self.url.clone(),
+    /// Where the daemon has the image's trace, beside its data.
+    fn trace_url(&self) -> Option<String> {
+        let (path, query) = self.url.split_once('?').unwrap_or((&self.url, ""));
+        Some(format!("{}trace?{query}", path.strip_suffix("data")?))
+    }
+
+    fn authorized<B>(&self, request: RequestBuilder<B>) -> RequestBuilder<B> {
+        match &self.grant {
+            Some(grant) => request.header("authorization", grant),
+            None => request,
+        }
+    }
+
+    fn failed(&self, what: impl ToString) -> SourceError {
+        SourceError::Failed {
+            source_name: self.name.clone(),
             what: what.to_string(),
         }
     }
 }
 
-impl Origin for HttpOrigin {
+fn agent(at: &str, proxy: Option<&str>) -> Result<(Agent, String), String> {
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        // A redirect would be to a place that nobody named.
+        .max_redirects(0)
+        .timeout_connect(Some(Duration::from_secs(5)))
+        .proxy(None)
+        .input_buffer_size(64 << 10)
+        .output_buffer_size(8 << 10)
+        .max_idle_connections(IDLE)
+        .max_idle_connections_per_host(IDLE)
+        .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")));
+    if at.starts_with('/') {
+        let (socket, path) = at.split_once(':').ok_or("no path after the socket's")?;
+        let connector = UnixConnector(Path::new(socket).to_owned());
+        let agent = Agent::with_parts(config.build(), connector, NoResolver);
+        return Ok((agent, format!("http://localhost{path}")));
+    }
+    let tls = at.starts_with("https://");
+    if !tls && !at.starts_with("http://") {
+        return Err("neither http:, https: nor a socket's path".to_owned());
+    }
+    let config: Config = match proxy {
+        Some(proxy) if tls => {
+            let proxy = ureq::Proxy::new(proxy).map_err(|error| format!("proxy: {error}"))?;
+            config.proxy(Some(proxy)).tls_config(believed()).build()
+        }
+        Some(proxy) => return Ok((proxy::agent(config.build(), proxy)?, at.to_owned())),
+        None => config.tls_config(believed()).build(),
+    };
+    Ok((config.new_agent(), at.to_owned()))
+}
+
+fn believed() -> TlsConfig {
+    // An error means that one is installed already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    TlsConfig::builder()
+        .root_certs(RootCerts::PlatformVerifier)
+        .build()
+}
+
+impl Source for HttpSource {
     fn name(&self) -> &str {
-        &self.url
+        &self.name
     }
 
-    fn fetch(&self, offset: u64, buf: &mut [u8], limit: Duration) -> Result<(), OriginError> {
-        let last = offset + buf.len() as u64 - 1;
-        let mut answer = self
-            .agent
-            .get(&self.url)
-            .config()
-            .timeout_global(Some(limit))
-            .build()
-            .header("range", format!("bytes={offset}-{last}"))
+    fn open(&self, range: Range<u64>, limit: Duration) -> Result<Box<dyn Read + '_>, SourceError> {
+        let (first, last) = (range.start, range.end - 1);
+        let request = self.agent.get(&self.url);
+        let request = request.config().timeout_global(Some(limit)).build();
+        let request = request.header("range", format!("bytes={first}-{last}"));
+        let answer = self
+            .authorized(request)
             .call()
             .map_err(|error| self.failed(error))?;
         let header = |name: &str| {
@@ -72,18 +138,47 @@ impl Origin for HttpOrigin {
             429 | 503 => {
                 let wait = header("retry-after").and_then(|seconds| seconds.parse().ok());
                 let wait = wait.map_or(Duration::from_millis(500), Duration::from_secs);
-                return Err(OriginError::Busy {
-                    origin: self.url.clone(),
+                return Err(SourceError::Busy {
+                    source_name: self.name.clone(),
                     wait: wait.min(MOST_WAIT),
                 });
             }
             status => return Err(self.failed(format!("status {status} for a range"))),
         }
-        let expected = format!("bytes {offset}-{last}/");
+        let expected = format!("bytes {first}-{last}/");
         if !header("content-range").is_some_and(|range| range.starts_with(&expected)) {
             return Err(self.failed("another range than was asked for"));
         }
-        let mut body = answer.body_mut().as_reader();
-        body.read_exact(buf).map_err(|error| self.failed(error))
+        let body = answer.into_body().into_with_config().limit(u64::MAX);
+        Ok(Box::new(body.reader()))
+    }
+    fn trace(&self, limit: Duration) -> Option<Vec<u8>> {
+        let request = self.agent.get(&self.trace_url()?);
+        let request = request.config().timeout_global(Some(limit)).build();
+        let answer = self.authorized(request).call();
+        let answer = answer
+            .inspect_err(|error| tracing::info!(%error, "no trace"))
+            .ok()?;
+        if answer.status() != 200 {
+            return None;
+        }
+        let body = answer.into_body().into_with_config();
+        body.limit(MAX_TRACE as u64).read_to_vec().ok()
+    }
+
+    fn send_trace(&self, json: &str, limit: Duration) -> bool {
+        let Some(url) = self.trace_url() else {
+            return false;
+        };
+        let request = self.agent.put(&url);
+        let request = request.config().timeout_global(Some(limit)).build();
+        let request = request.header("content-type", "application/json");
+        match self.authorized(request).send(json) {
+            Ok(answer) => answer.status().is_success(),
+            Err(error) => {
+                tracing::info!(%error, "a trace was not taken");
+                false
+            }
+        }
     }
 }

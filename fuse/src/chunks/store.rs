@@ -1,378 +1,453 @@
-//! Pieces of an image brought here when they are first read: once, however many readers want them, and never seen
+//! Chunks of an image brought here when they are first read: once, however many readers want them, and never seen
 //! before they were checked.
 //!
-//! Locking: a piece that is being brought or thrown out has a flight; who wants it meanwhile waits for the flight. The
-//! lock of the flights is held for map operations only. Leaf pieces never need data pieces, so flights cannot wait for
-//! each other in a circle.
+//! Locking: a chunk that is being brought has a flight, and who wants it meanwhile waits for that. Leaf chunks never
+//! need data chunks, and a fetch asks for its leaves before it takes a place at the gate, so nobody waits in a circle.
+//! Every wait ends when the reader's patience does.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Instant;
 
+use berth_image::trace::{Trace, TraceError};
 use berth_squashfs::read::ReadAt;
-use berth_squashfs::verity::{BLOCK, DIGEST};
+use berth_squashfs::verity::BLOCK;
 
-use super::cache::CacheFile;
-use super::origin::{OriginError, Origins};
-use super::pieces::Pieces;
-use super::tree::{Sealed, Tree, TreeError};
-use super::{CacheError, PIECE};
+use super::CHUNK;
+use super::ahead::Streams;
+use super::cache::Cache;
+use super::file::CacheFile;
+use super::flights::{Flights, Landings, Outcome};
+use super::gate::{self, Gate};
+use super::prefetch::{Background, Pace, everything};
+use super::source::{SourceError, Sources};
+use super::trace::{Recorder, fetches};
+use super::tree::{Chunks, Sealed, Tree, TreeError};
 use crate::lock;
 
-/// Pieces kept in memory while there is no cache file to keep them in.
-const RECENT: usize = 8;
+/// Chunks kept in memory while there is no cache file to keep them in: 1 MiB.
+const RECENT: usize = 16;
 
 /// Why an image that is elsewhere cannot be opened.
 pub type OpenError = TreeError;
 
-/// What a store did so far.
+/// What a store did so far, in chunks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Pieces fetched from an origin.
-    pub fetched: u64,
-    /// Pieces found on this node after a restart.
-    pub found: u64,
-    /// Pieces found on this node, but damaged.
+    /// Reads that found their chunk on this node.
+    pub hits: u64,
+    /// Fetched while a reader waited.
+    pub misses: u64,
+    /// Fetched before anybody asked.
+    pub ahead: u64,
+    /// Found on this node, but damaged.
     pub damaged: u64,
-    /// Pieces thrown out to keep the size.
-    pub evicted: u64,
-    /// Pieces that could not be kept.
+    /// Right, but not to be kept: no cache, no room, a full disk.
     pub not_kept: u64,
 }
 
 #[derive(Debug, Default)]
 struct Counters {
-    fetched: AtomicU64,
-    found: AtomicU64,
+    hits: AtomicU64,
+    misses: AtomicU64,
+    ahead: AtomicU64,
     damaged: AtomicU64,
-    evicted: AtomicU64,
     not_kept: AtomicU64,
 }
 
-#[derive(Debug, Clone)]
-enum Outcome {
-    Brought(Result<Arc<[u8]>, Arc<OriginError>>),
-    /// Thrown out, or given up: look again.
-    Again,
-}
-
-#[derive(Debug)]
-struct Flight {
-    outcome: Mutex<Option<Outcome>>,
-    landed: Condvar,
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// A file that is elsewhere, as a source for the reader: its data, without the tree.
 #[derive(Debug)]
 pub struct ChunkStore {
+    me: Weak<Self>,
     sealed: Sealed,
+    chunks: Chunks,
     tree: Tree,
-    origins: Origins,
-    cache: Option<CacheFile>,
-    /// Most bytes in the cache file.
-    limit: u64,
-    /// Pieces of data, then of the tree's leaves.
-    pieces: Pieces,
-    /// In the cache file, perhaps not yet checked.
-    on_disk: Vec<AtomicBool>,
-    used: AtomicU64,
-    hand: Mutex<usize>,
-    flights: Mutex<HashMap<usize, Arc<Flight>>>,
-    recent: Mutex<VecDeque<(usize, Arc<[u8]>)>>,
+    sources: Sources,
+    cache: Option<Arc<CacheFile>>,
+    flights: Flights,
+    recent: Mutex<VecDeque<(u32, Arc<[u8]>)>>,
+    streams: Mutex<Streams>,
+    recorder: Mutex<Option<Recorder>>,
+    background: Arc<Background>,
     counters: Counters,
 }
 
+/// Where the bytes that a fetch brings are wanted at once: from `skip` of its first chunk on.
+struct Want<'a> {
+    skip: usize,
+    out: &'a mut [u8],
+}
+
 impl ChunkStore {
-    /// Opens the image that was sealed so. `open_cache` is asked for a cache file with so many pieces; without one, or
-    /// when it fails, everything is fetched as it is read. `limit` is how many bytes the cache file may take.
+    /// Opens the image that was sealed so. Without a cache, or when it cannot be used, everything is fetched as it is
+    /// read.
     pub fn open(
         sealed: Sealed,
-        origins: Origins,
-        open_cache: impl FnOnce(usize) -> Option<Result<(CacheFile, Vec<bool>), CacheError>>,
-        limit: u64,
-    ) -> Result<Self, OpenError> {
-        let place = Tree::head_place(&sealed)?;
-        let leaves =
-            (sealed.hash_offset / BLOCK as u64).div_ceil((BLOCK / DIGEST) as u64) * BLOCK as u64;
-        let count = (sealed.hash_offset.div_ceil(PIECE) + leaves.div_ceil(PIECE)) as usize;
-        let (cache, there) = match open_cache(count) {
-            None => (None, vec![false; count]),
-            Some(Ok((cache, there))) => (Some(cache), there),
-            Some(Err(error)) => {
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "goes on without a cache"
-                );
-                (None, vec![false; count])
+        sources: Sources,
+        cache: Option<&Arc<Cache>>,
+    ) -> Result<Arc<Self>, OpenError> {
+        let chunks = Chunks::of(&sealed)?;
+        let cache = cache.and_then(|cache| match cache.image(&sealed.root, &chunks) {
+            Ok(file) => Some(file),
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "goes on without a cache");
+                None
             }
-        };
-        let mut head = vec![0u8; (place.end - place.start) as usize];
-        let kept = cache
-            .as_ref()
-            .is_some_and(|cache| cache.read(place.start, &mut head).is_ok());
-        let mut tree = if kept {
-            Tree::from_head(&sealed, &head)
-        } else {
-            None
-        };
-        if tree.is_none() {
-            origins.fetch(place.start, &mut head, |head| {
-                Tree::from_head(&sealed, head).is_some()
-            })?;
-            tree = Tree::from_head(&sealed, &head);
-            if let Some(error) = cache
-                .as_ref()
-                .and_then(|cache| cache.write_head(place.start, &head).err())
-            {
-                tracing::warn!(%error, "the head of the hash tree is not kept");
-            }
-        }
-        let tree = tree.ok_or(TreeError::Offset(sealed.hash_offset))?;
-        let mut store = Self {
+        });
+        let tree = open_tree(&sealed, &sources, cache.as_deref())?;
+        Ok(Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
             sealed,
+            chunks,
             tree,
-            origins,
+            sources,
             cache,
-            limit,
-            pieces: Pieces::new(count),
-            on_disk: there.into_iter().map(AtomicBool::new).collect(),
-            used: AtomicU64::new(0),
-            hand: Mutex::new(0),
-            flights: Mutex::default(),
+            flights: Flights::default(),
             recent: Mutex::default(),
+            streams: Mutex::default(),
+            recorder: Mutex::default(),
+            background: Arc::default(),
             counters: Counters::default(),
-        };
-        let on_disk = store.on_disk.iter().enumerate();
-        let used = on_disk.filter(|(_, there)| there.load(Ordering::Relaxed));
-        let used = used.map(|(piece, _)| store.len_of(piece)).sum();
-        store.used = AtomicU64::new(used);
-        Ok(store)
+        }))
     }
 
     /// What it did so far.
     pub fn stats(&self) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Stats {
-            fetched: get(&self.counters.fetched),
-            found: get(&self.counters.found),
+            hits: get(&self.counters.hits),
+            misses: get(&self.counters.misses),
+            ahead: get(&self.counters.ahead),
             damaged: get(&self.counters.damaged),
-            evicted: get(&self.counters.evicted),
             not_kept: get(&self.counters.not_kept),
         }
     }
 
+    /// Which image it is.
+    pub fn sealed(&self) -> &Sealed {
+        &self.sealed
+    }
+
+    pub(super) fn background(&self) -> Arc<Background> {
+        Arc::clone(&self.background)
+    }
+
     /// Where the bytes came from.
-    pub fn origins(&self) -> &Origins {
-        &self.origins
+    pub fn sources(&self) -> &Sources {
+        &self.sources
     }
 
-    fn data_pieces(&self) -> usize {
-        self.sealed.hash_offset.div_ceil(PIECE) as usize
+    /// Notes from now on which chunks are read.
+    pub fn record(&self) {
+        *lock(&self.recorder) = Some(Recorder::new(&self.chunks));
     }
 
-    /// Where a piece lies in the file.
-    fn place(&self, piece: usize) -> Range<u64> {
-        let (start, end, number) = match piece.checked_sub(self.data_pieces()) {
-            None => (0, self.sealed.hash_offset, piece),
-            Some(leaf) => (self.tree.leaves.start, self.tree.leaves.end, leaf),
-        };
-        let from = start + number as u64 * PIECE;
-        from..(from + PIECE).min(end)
+    /// Ends the recording. `None` if there was none.
+    pub fn recorded(&self) -> Option<Result<Trace, TraceError>> {
+        let recorder = lock(&self.recorder).take();
+        recorder.map(|recorder| recorder.trace(&self.sealed))
     }
 
-    fn len_of(&self, piece: usize) -> u64 {
-        let place = self.place(piece);
-        place.end - place.start
+    /// Fetches what a trace of this image names, in the background. Without a cache there is nowhere to.
+    pub fn replay(&self, trace: &Trace, pace: Pace) {
+        if self.cache.is_some() {
+            lock(&self.streams).has_trace = true;
+            let runs = fetches(trace, &self.chunks);
+            self.background.plan(&self.me, runs, pace);
+        }
     }
 
-    /// Fills `out` from byte `within` of a table of pieces that begins with piece `first`.
-    fn read_from(&self, first: usize, within: u64, out: &mut [u8]) -> Result<(), Arc<OriginError>> {
+    /// Fetches all of the image in the background.
+    pub fn fill(&self, pace: Pace) {
+        if self.cache.is_some() {
+            let runs = everything(&self.chunks);
+            self.background.plan(&self.me, runs, pace);
+        }
+    }
+
+    fn is_here(&self, chunk: u32) -> bool {
+        self.cache.as_ref().is_some_and(|file| file.is_here(chunk))
+    }
+
+    /// Fills `out` from byte `within` of a table of chunks that begins with chunk `first`.
+    fn read_table(
+        &self,
+        first: u32,
+        within: u64,
+        out: &mut [u8],
+        until: Instant,
+    ) -> Result<(), SourceError> {
         let mut done = 0;
         while done < out.len() {
             let at = within + done as u64;
-            let piece = first + (at / PIECE) as usize;
-            let skip = at % PIECE;
-            let take = (self.len_of(piece) - skip).min((out.len() - done) as u64) as usize;
-            self.read_piece(piece, skip, &mut out[done..done + take])?;
-            done += take;
+            let chunk = first + (at / CHUNK) as u32;
+            done += self.read_some(chunk, at % CHUNK, &mut out[done..], until)?;
         }
         Ok(())
     }
 
-    fn read_piece(&self, piece: usize, skip: u64, out: &mut [u8]) -> Result<(), Arc<OriginError>> {
-        if let (Some(cache), Some(_in_use)) = (&self.cache, self.pieces.use_if_here(piece)) {
-            match cache.read(self.place(piece).start + skip, out) {
-                Ok(()) => return Ok(()),
-                Err(error) => tracing::warn!(%error, "the cache file cannot be read"),
-            }
-        }
-        let bytes = self.bring(piece)?;
-        let from = skip as usize;
-        out.copy_from_slice(&bytes[from..from + out.len()]);
-        Ok(())
-    }
-
-    /// The bytes of a piece that was not here when the caller looked.
-    fn bring(&self, piece: usize) -> Result<Arc<[u8]>, Arc<OriginError>> {
+    /// Reads at least one byte from `skip` of a chunk on; more chunks only where they come in one fetch.
+    fn read_some(
+        &self,
+        chunk: u32,
+        skip: u64,
+        out: &mut [u8],
+        until: Instant,
+    ) -> Result<usize, SourceError> {
+        let take = (self.chunks.len_of(chunk) - skip).min(out.len() as u64) as usize;
+        let after = chunk + 1 + ((out.len() - take) as u64).div_ceil(CHUNK) as u32;
+        let mut waiting = None;
         loop {
-            let flight = {
-                let recent = lock(&self.recent);
-                if let Some((_, bytes)) = recent.iter().find(|(number, _)| *number == piece) {
-                    return Ok(Arc::clone(bytes));
+            if self.read_kept(chunk, skip, &mut out[..take], until)? {
+                if waiting.is_none() {
+                    count(&self.counters.hits);
                 }
-                drop(recent);
-                let flights = lock(&self.flights);
-                flights.get(&piece).cloned()
-            };
-            let outcome = match flight {
-                Some(flight) => flight.wait(),
-                None => match self.lead(piece) {
-                    None => continue,
-                    Some(landing) => {
-                        let result = self.load(piece).map_err(Arc::new);
-                        landing.land(Outcome::Brought(result.clone()));
-                        return result;
-                    }
-                },
-            };
-            if let Outcome::Brought(result) = outcome {
-                return result;
+                return Ok(take);
+            }
+            if let Some(bytes) = self.recent(chunk) {
+                out[..take].copy_from_slice(&bytes[skip as usize..][..take]);
+                return Ok(take);
+            }
+            waiting.get_or_insert_with(|| self.background.demand());
+            if let Some(landings) = self.flights.lead(chunk..after, |c| !self.is_here(c)) {
+                let skip = skip as usize;
+                let want = Want { skip, out };
+                return self.load(landings, &gate::DEMAND, until, Some(want));
+            }
+            match self.flights.get(chunk).map(|flight| flight.wait(until)) {
+                Some(Some(Outcome::Brought(bytes))) => {
+                    out[..take].copy_from_slice(&bytes[skip as usize..][..take]);
+                    return Ok(take);
+                }
+                // It has just landed, or nobody brings it any more.
+                Some(Some(Outcome::Kept | Outcome::Again)) | None => {}
+                Some(None) => return Err(SourceError::Late),
+            }
+            if Instant::now() >= until {
+                return Err(SourceError::Late);
             }
         }
     }
 
-    fn lead(&self, piece: usize) -> Option<Landing<'_>> {
-        let mut flights = lock(&self.flights);
-        if flights.contains_key(&piece) {
-            return None;
-        }
-        let flight = Arc::new(Flight {
-            outcome: Mutex::new(None),
-            landed: Condvar::new(),
-        });
-        flights.insert(piece, Arc::clone(&flight));
-        Some(Landing {
-            store: self,
-            piece,
-            flight,
-        })
+    fn recent(&self, chunk: u32) -> Option<Arc<[u8]>> {
+        let recent = lock(&self.recent);
+        let found = recent.iter().find(|(number, _)| *number == chunk);
+        found.map(|(_, bytes)| Arc::clone(bytes))
     }
 
-    fn load(&self, piece: usize) -> Result<Arc<[u8]>, OriginError> {
-        let place = self.place(piece);
-        let digests = self.digests(piece)?;
-        let right = |bytes: &[u8]| match &digests {
-            Some(digests) => self.tree.data_right(bytes, digests),
-            None => self.tree.leaves_right(place.start, bytes),
+    /// Reads from the cache file, and checks. `false` when the chunk is not there, or was damaged.
+    fn read_kept(
+        &self,
+        chunk: u32,
+        skip: u64,
+        out: &mut [u8],
+        until: Instant,
+    ) -> Result<bool, SourceError> {
+        let Some(file) = &self.cache else {
+            return Ok(false);
         };
-        let mut bytes = vec![0u8; (place.end - place.start) as usize];
-        if let Some(cache) = self
-            .cache
-            .as_ref()
-            .filter(|_| self.on_disk[piece].load(Ordering::Acquire))
-        {
-            if cache.read(place.start, &mut bytes).is_ok() && right(&bytes) {
-                self.counters.found.fetch_add(1, Ordering::Relaxed);
-                self.pieces.arrived(piece);
-                return Ok(bytes.into());
-            }
-            self.counters.damaged.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(piece, "a piece in the cache file was damaged");
-            self.on_disk[piece].store(false, Ordering::Release);
-            self.used
-                .fetch_sub(place.end - place.start, Ordering::Relaxed);
+        let Some(in_use) = file.use_if_here(chunk) else {
+            return Ok(false);
+        };
+        let place = self.chunks.place(chunk);
+        let block = BLOCK as u64;
+        let from = skip / block * block;
+        let to = (skip + out.len() as u64).next_multiple_of(block);
+        let right = |bytes: &[u8]| match self.digests(chunk, from / block, to / block, until)? {
+            Some(digests) => Ok(self.tree.data_right(bytes, &digests)),
+            None => Ok(self.tree.leaves_right(place.start + from, bytes)),
+        };
+        let whole = to - from == out.len() as u64;
+        let good = if whole {
+            file.read(place.start + from, out).is_ok() && right(out)?
+        } else {
+            let mut blocks = vec![0; (to - from) as usize];
+            let good = file.read(place.start + from, &mut blocks).is_ok() && right(&blocks)?;
+            out.copy_from_slice(&blocks[(skip - from) as usize..][..out.len()]);
+            good
+        };
+        if !good {
+            count(&self.counters.damaged);
+            tracing::warn!(chunk, "a chunk in the cache was damaged");
+            file.damaged(chunk, &in_use);
         }
-        self.origins.fetch(place.start, &mut bytes, right)?;
-        self.counters.fetched.fetch_add(1, Ordering::Relaxed);
-        let bytes: Arc<[u8]> = bytes.into();
-        self.keep(piece, &bytes);
-        Ok(bytes)
+        Ok(good)
     }
 
-    /// The sealed digests of a data piece's blocks; `None` for a piece of leaves.
-    fn digests(&self, piece: usize) -> Result<Option<Vec<u8>>, OriginError> {
-        if piece >= self.data_pieces() {
+    /// The sealed digests of some blocks of a data chunk, and on; `None` for a chunk of leaves.
+    fn digests(
+        &self,
+        chunk: u32,
+        from: u64,
+        to: u64,
+        until: Instant,
+    ) -> Result<Option<Vec<u8>>, SourceError> {
+        if chunk >= self.chunks.data_count {
             return Ok(None);
         }
-        let place = self.place(piece);
-        let first = place.start / BLOCK as u64;
-        let count = (place.end - place.start) / BLOCK as u64;
-        let Some(leaves) = self.tree.leaf_place(first, count) else {
+        let first = u64::from(chunk) * (CHUNK / BLOCK as u64) + from;
+        let Some(leaves) = self.tree.leaf_place(first, to - from) else {
             return Ok(Some(self.tree.only_digest().to_vec()));
         };
         let mut digests = vec![0u8; (leaves.end - leaves.start) as usize];
         let within = leaves.start - self.tree.leaves.start;
-        self.read_from(self.data_pieces(), within, &mut digests)
-            .map_err(|error| {
-                OriginError::All(Box::new(OriginError::Failed {
-                    origin: "hash tree".to_owned(),
-                    what: error.to_string(),
-                }))
-            })?;
+        self.read_table(self.chunks.data_count, within, &mut digests, until)?;
         Ok(Some(digests))
     }
 
-    /// Keeps a fetched piece in the cache file, or for a while in memory. Failing to is no error.
-    fn keep(&self, piece: usize, bytes: &Arc<[u8]>) {
-        let len = bytes.len() as u64;
-        let written = self.cache.as_ref().is_some_and(|cache| {
-            if !self.make_room(cache, len) {
+    /// Brings the chunks of these flights; gives back how many bytes went where they are wanted. Flights that this
+    /// cannot end are given up.
+    fn load(
+        &self,
+        mut landings: Landings<'_>,
+        gate: &Gate,
+        until: Instant,
+        want: Option<Want<'_>>,
+    ) -> Result<usize, SourceError> {
+        let all = landings.left();
+        let (start, end) = (
+            self.chunks.place(all.start).start,
+            self.chunks.place(all.end - 1).end,
+        );
+        let block = BLOCK as u64;
+        let digests = self.digests(all.start, 0, (end - start) / block, until)?;
+        let _place = gate.enter(until).ok_or(SourceError::Late)?;
+        let counter = match want {
+            Some(_) => &self.counters.misses,
+            None => &self.counters.ahead,
+        };
+        let mut copied = 0;
+        let mut want = want;
+        let mut take = |offset: u64, bytes: &[u8]| {
+            let right = match &digests {
+                Some(digests) => {
+                    let from = ((offset - start) / block) as usize * berth_squashfs::verity::DIGEST;
+                    self.tree.data_right(bytes, &digests[from..])
+                }
+                None => self.tree.leaves_right(offset, bytes),
+            };
+            if !right {
                 return false;
             }
-            let result = cache.write(piece, self.place(piece).start, bytes);
-            if let Err(error) = &result {
-                tracing::warn!(%error, "goes on without keeping a piece");
+            if let Some(want) = &mut want {
+                let skip = if offset == start { want.skip } else { 0 };
+                let room = &mut want.out[copied..];
+                let len = room.len().min(bytes.len() - skip);
+                room[..len].copy_from_slice(&bytes[skip..skip + len]);
+                copied += len;
             }
-            result.is_ok()
-        });
-        if written {
-            self.on_disk[piece].store(true, Ordering::Release);
-            self.used.fetch_add(len, Ordering::Relaxed);
-            self.pieces.arrived(piece);
-        } else {
-            self.counters.not_kept.fetch_add(1, Ordering::Relaxed);
-            let mut recent = lock(&self.recent);
-            recent.push_back((piece, Arc::clone(bytes)));
-            while recent.len() > RECENT {
-                recent.pop_front();
-            }
+            count(counter);
+            let outcome = self.keep(landings.left().start, bytes);
+            landings.land(outcome);
+            true
+        };
+        match self.sources.fetch(start..end, CHUNK, until, &mut take) {
+            // The rest is asked for again by who wants it.
+            Err(error) if copied == 0 => Err(error),
+            _ => Ok(copied),
         }
     }
 
-    /// Throws pieces out until `len` bytes fit, second chance first. `false` if too many are in use.
-    fn make_room(&self, cache: &CacheFile, len: u64) -> bool {
-        let mut hand = lock(&self.hand);
-        let mut steps = 2 * self.pieces.len() + 1;
-        while self.used.load(Ordering::Relaxed) + len > self.limit {
-            let Some(left) = steps.checked_sub(1) else {
+    fn keep(&self, chunk: u32, bytes: &[u8]) -> Outcome {
+        if self
+            .cache
+            .as_ref()
+            .is_some_and(|file| file.keep(chunk, bytes))
+        {
+            return Outcome::Kept;
+        }
+        count(&self.counters.not_kept);
+        let bytes: Arc<[u8]> = bytes.into();
+        let mut recent = lock(&self.recent);
+        recent.push_back((chunk, Arc::clone(&bytes)));
+        while recent.len() > RECENT {
+            recent.pop_front();
+        }
+        Outcome::Brought(bytes)
+    }
+
+    /// Brings what is not here of some neighbours. `false` when it was not to be had, or cannot be kept.
+    pub(super) fn bring_ahead(&self, range: Range<u32>) -> bool {
+        let until = Instant::now() + self.sources.patience();
+        let mut at = range.start;
+        while at < range.end {
+            let Some(landings) = self.flights.lead(at..range.end, |c| !self.is_here(c)) else {
+                at += 1;
+                continue;
+            };
+            let some = landings.left();
+            at = some.end;
+            if let Err(error) = self.load(landings, &gate::AHEAD, until, None) {
+                tracing::info!(%error, "not fetched ahead");
                 return false;
-            };
-            steps = left;
-            let piece = *hand;
-            *hand = (*hand + 1) % self.pieces.len();
-            if !self.on_disk[piece].load(Ordering::Acquire) {
-                continue;
             }
-            // Nobody may bring it while its bytes go.
-            let Some(landing) = self.lead(piece) else {
-                continue;
-            };
-            if self.pieces.take_away(piece) || !self.pieces.is_here(piece) {
-                self.on_disk[piece].store(false, Ordering::Release);
-                let place = self.place(piece);
-                if let Err(error) = cache.remove(piece, place.start, place.end - place.start) {
-                    tracing::warn!(%error, "cannot free a piece of the cache file");
-                }
-                self.used
-                    .fetch_sub(place.end - place.start, Ordering::Relaxed);
-                self.counters.evicted.fetch_add(1, Ordering::Relaxed);
+            if !self.is_here(some.start) {
+                return false;
             }
-            landing.land(Outcome::Again);
         }
         true
     }
+
+    /// A reader is about to read these bytes of data.
+    fn note(&self, offset: u64, len: usize) {
+        let chunks = (offset / CHUNK) as u32..(offset + len as u64).div_ceil(CHUNK) as u32;
+        if let Some(recorder) = &mut *lock(&self.recorder) {
+            recorder.touch(chunks.clone());
+        }
+        if self.cache.is_none() {
+            return;
+        }
+        let ahead = lock(&self.streams).note(chunks);
+        if let Some(ahead) = ahead {
+            let end = ahead.end.min(self.chunks.data_count);
+            let ahead = ahead.start..end;
+            if ahead.clone().any(|chunk| !self.is_here(chunk)) {
+                self.background.ahead(&self.me, ahead);
+            }
+        }
+    }
+}
+
+impl Drop for ChunkStore {
+    fn drop(&mut self) {
+        self.background.stop();
+    }
+}
+
+/// The tree, from the cache or else from a source.
+fn open_tree(
+    sealed: &Sealed,
+    sources: &Sources,
+    cache: Option<&CacheFile>,
+) -> Result<Tree, OpenError> {
+    let place = Tree::head_place(sealed)?;
+    let mut head = vec![0u8; (place.end - place.start) as usize];
+    if let Some(file) = cache
+        && file.read(place.start, &mut head).is_ok()
+        && let Some(tree) = Tree::from_head(sealed, &head)
+    {
+        return Ok(tree);
+    }
+    let until = Instant::now() + sources.patience();
+    let (len, mut tree) = (place.end - place.start, None);
+    sources.fetch(place.clone(), len, until, &mut |_, head| {
+        tree = Tree::from_head(sealed, head);
+        if tree.is_some()
+            && let Some(Err(error)) = cache.map(|file| file.write_head(place.start, head))
+        {
+            tracing::warn!(%error, "the head of the hash tree is not kept");
+        }
+        tree.is_some()
+    })?;
+    tree.ok_or(TreeError::Offset(sealed.hash_offset))
 }
 
 impl ReadAt for ChunkStore {
@@ -381,46 +456,16 @@ impl ReadAt for ChunkStore {
         if end.is_none_or(|end| end > self.sealed.hash_offset) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        self.read_from(0, offset, buf).map_err(io::Error::other)
+        if buf.is_empty() {
+            return Ok(());
+        }
+        self.note(offset, buf.len());
+        let until = Instant::now() + self.sources.patience();
+        self.read_table(0, offset, buf, until)
+            .map_err(io::Error::other)
     }
 
     fn size(&self) -> io::Result<u64> {
         Ok(self.sealed.hash_offset)
-    }
-}
-
-impl Flight {
-    fn wait(&self) -> Outcome {
-        let mut outcome = lock(&self.outcome);
-        loop {
-            if let Some(outcome) = &*outcome {
-                return outcome.clone();
-            }
-            outcome = self
-                .landed
-                .wait(outcome)
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
-        }
-    }
-}
-
-/// The duty to end a flight; given up by a panic, others look again.
-struct Landing<'a> {
-    store: &'a ChunkStore,
-    piece: usize,
-    flight: Arc<Flight>,
-}
-
-impl Landing<'_> {
-    fn land(self, outcome: Outcome) {
-        *lock(&self.flight.outcome) = Some(outcome);
-    }
-}
-
-impl Drop for Landing<'_> {
-    fn drop(&mut self) {
-        lock(&self.store.flights).remove(&self.piece);
-        lock(&self.flight.outcome).get_or_insert(Outcome::Again);
-        self.flight.landed.notify_all();
     }
 }

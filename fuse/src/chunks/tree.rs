@@ -9,7 +9,8 @@ use std::ops::Range;
 use berth_squashfs::verity::{BLOCK, DIGEST};
 use sha2::{Digest, Sha256};
 
-use super::origin::OriginError;
+use super::CHUNK;
+use super::source::SourceError;
 
 /// What a record says about an image file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +21,53 @@ pub struct Sealed {
     pub hash_offset: u64,
 }
 
+/// How an image's file is divided: chunks of data, then chunks of the tree's leaves. What lies between, the tree's
+/// head, is no chunk's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Chunks {
+    data: u64,
+    leaves: Range<u64>,
+    /// Chunks of data; those of leaves are numbered from here.
+    pub(super) data_count: u32,
+    pub(super) count: u32,
+}
+
+impl Chunks {
+    pub(super) fn of(sealed: &Sealed) -> Result<Self, TreeError> {
+        let start = Tree::head_place(sealed)?.end;
+        let data = sealed.hash_offset;
+        let leaves = levels(data / BLOCK as u64).first().copied().unwrap_or(0) * BLOCK as u64;
+        let data_count = data.div_ceil(CHUNK) as u32;
+        Ok(Self {
+            data,
+            leaves: start..start + leaves,
+            data_count,
+            count: data_count + leaves.div_ceil(CHUNK) as u32,
+        })
+    }
+
+    /// Where a chunk lies in the file.
+    pub(super) fn place(&self, chunk: u32) -> Range<u64> {
+        let (start, end, number) = match chunk.checked_sub(self.data_count) {
+            None => (0, self.data, chunk),
+            Some(leaf) => (self.leaves.start, self.leaves.end, leaf),
+        };
+        let from = start + u64::from(number) * CHUNK;
+        from..(from + CHUNK).min(end)
+    }
+
+    pub(super) fn len_of(&self, chunk: u32) -> u64 {
+        let place = self.place(chunk);
+        place.end - place.start
+    }
+
+    /// The chunk of leaves that a data chunk's digests are in; `None` for an image of one block.
+    pub(super) fn leaf_of(&self, data_chunk: u32) -> Option<u32> {
+        let at = u64::from(data_chunk) * (CHUNK / BLOCK as u64) * DIGEST as u64;
+        (!self.leaves.is_empty()).then(|| self.data_count + (at / CHUNK) as u32)
+    }
+}
+
 /// Why a tree cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TreeError {
@@ -28,7 +76,7 @@ pub enum TreeError {
     Offset(u64),
     /// The tree's head could not be fetched, or is not the sealed one.
     #[error("cannot get the head of the image's hash tree")]
-    Fetch(#[from] OriginError),
+    Fetch(#[from] SourceError),
 }
 
 /// The tree's upper levels, checked.
@@ -48,9 +96,9 @@ const FANOUT: u64 = (BLOCK / DIGEST) as u64;
 impl Tree {
     /// Where the head (superblock and upper levels) of the sealed tree lies in the file.
     pub(super) fn head_place(sealed: &Sealed) -> Result<Range<u64>, TreeError> {
-        // An image of 2^53 bytes is a mistake.
+        // An image of more than 4 TiB is a mistake; its chunks' states would not fit.
         let at = sealed.hash_offset;
-        if at == 0 || !at.is_multiple_of(BLOCK as u64) || at >> 53 != 0 {
+        if at == 0 || !at.is_multiple_of(BLOCK as u64) || at >> 42 != 0 {
             return Err(TreeError::Offset(at));
         }
         let upper: u64 = levels(at / BLOCK as u64).iter().skip(1).sum();
