@@ -7,6 +7,7 @@
 //! - [`fuse`]: from a request to its answer;
 //! - [`slots`]: requests in memory that outlives a server;
 //! - [`session`]: the threads that serve;
+//! - [`meter`]: how long requests take;
 //! - [`mount`]: making it visible;
 //! - [`chunks`]: images that are elsewhere, checked piece by piece;
 //! - [`holder`]: what stays when a server dies.
@@ -18,6 +19,7 @@ pub mod filesystem;
 pub mod fs;
 pub mod fuse;
 pub mod holder;
+pub mod meter;
 pub mod mount;
 pub mod session;
 pub mod slots;

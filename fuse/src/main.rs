@@ -2,6 +2,7 @@
 
 mod given;
 mod lazy;
+mod node;
 
 use std::fs::File;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
@@ -17,7 +18,7 @@ use berth_fuse::{mount, slots};
 use berth_squashfs::read::{CacheSizes, Reader};
 use clap::{Args, Parser, Subcommand};
 
-use lazy::Lazy;
+use lazy::{Lazy, Recording};
 
 /// Mount a container image through FUSE.
 #[derive(Parser)]
@@ -57,6 +58,14 @@ enum Verb {
         channel: RawFd,
         #[arg(long)]
         image: Option<RawFd>,
+    },
+    /// Serve all images of a node: started by `berth-node`, with a socket at descriptor 0.
+    #[command(hide = true)]
+    Node {
+        #[command(flatten)]
+        serving: Serving,
+        #[command(flatten)]
+        node: node::Everything,
     },
     /// Serve a connection that a holder keeps: started by `mount` and `hold`.
     #[command(hide = true)]
@@ -123,6 +132,7 @@ fn main() -> ExitCode {
             channel,
             image,
         } => given::run(serving, &lazy, channel, image),
+        Verb::Node { serving, node } => node::run(serving, node),
         Verb::Serve {
             serving,
             lazy,
@@ -169,11 +179,13 @@ fn run_mount(
     let copy = file.as_ref().map(File::try_clone).transpose()?;
     let source = lazy.open(copy.map(OwnedFd::from), serving.deadline())?;
     ImageFs::new(Reader::open(source, CacheSizes::default())?)?;
-    let device = match mount::open_device().and_then(|device| {
-        let detached = mount::detached(device.as_fd())?;
-        mount::attach(detached.as_fd(), folder)?;
-        Ok(device)
-    }) {
+    let device = match mount::open_device()
+        .map_err(mount::MountError::from)
+        .and_then(|device| {
+            let detached = mount::detached(device.as_fd())?;
+            mount::attach(detached.as_fd(), folder)?;
+            Ok(device)
+        }) {
         Ok(device) => device,
         Err(_) if !rustix::process::geteuid().is_root() => mount::by_helper(folder)?,
         Err(error) => return Err(error.into()),
@@ -233,7 +245,8 @@ fn run_serve(
     // Nobody who runs under the same uid may look into, or steer, what serves other people's jobs.
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     let (device, slots) = (inherited(device)?, inherited(slots)?);
-    let source = lazy.open(image.map(inherited).transpose()?, serving.deadline())?;
+    let image = image.map(inherited).transpose()?;
+    let (source, recording) = lazy.open_to_serve(image, serving.deadline())?;
     let reader = Reader::open(source, CacheSizes::default())?;
     let options = Options {
         threads: usize::from(serving.threads),
@@ -245,7 +258,7 @@ fn run_serve(
         slots::map(slots)?,
         options,
     )?;
-    Ok(())
+    recording.map_or(Ok(()), Recording::finish)
 }
 
 /// Takes over a descriptor that the holder left open, and keeps it from our own children.

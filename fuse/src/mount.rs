@@ -9,12 +9,11 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
 
-use rustix::fs::{CWD, Mode, OFlags};
+use berth_mount::fuse::FuseError;
+pub use berth_mount::fuse::{detached, open_device};
+use rustix::fs::CWD;
 use rustix::io::{Errno, FdFlags};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, move_mount,
-};
+use rustix::mount::{MoveMountFlags, move_mount};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType,
 };
@@ -22,52 +21,15 @@ use rustix::net::{
 /// Why there is no mount.
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
-    /// `/dev/fuse` does not open.
-    #[error("cannot open /dev/fuse: {0}")]
-    Device(Errno),
-    /// A step of mounting failed.
-    #[error("cannot mount ({step}): {errno}")]
-    Mount {
-        /// Which call.
-        step: &'static str,
-        /// What the kernel said.
-        errno: Errno,
-    },
+    /// The kernel makes no mount.
+    #[error(transparent)]
+    Kernel(#[from] FuseError),
+    /// The folder takes none.
+    #[error("cannot mount there: {0}")]
+    Attach(Errno),
     /// `fusermount3` could not be run, or did not mount.
     #[error("fusermount3 did not mount: {0}")]
     Helper(String),
-}
-
-fn step(step: &'static str) -> impl Fn(Errno) -> MountError {
-    move |errno| MountError::Mount { step, errno }
-}
-
-/// A new connection that nothing is mounted on.
-pub fn open_device() -> Result<OwnedFd, MountError> {
-    let flags = OFlags::RDWR | OFlags::CLOEXEC;
-    rustix::fs::open("/dev/fuse", flags, Mode::empty()).map_err(MountError::Device)
-}
-
-/// A detached mount of the connection: read-only, nosuid, nodev, permissions checked by the kernel, for all users.
-pub fn detached(device: BorrowedFd<'_>) -> Result<OwnedFd, MountError> {
-    let fs = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(step("fsopen"))?;
-    let fs_fd = std::os::fd::AsFd::as_fd(&fs);
-    let set =
-        |key: &'static str, value: &str| fsconfig_set_string(fs_fd, key, value).map_err(step(key));
-    set("source", "berth")?;
-    set("subtype", "berth")?;
-    set("fd", &device.as_raw_fd().to_string())?;
-    set("rootmode", "40000")?;
-    set("user_id", &rustix::process::getuid().as_raw().to_string())?;
-    set("group_id", &rustix::process::getgid().as_raw().to_string())?;
-    for flag in ["ro", "default_permissions", "allow_other"] {
-        fsconfig_set_flag(fs_fd, flag).map_err(step(flag))?;
-    }
-    fsconfig_create(fs_fd).map_err(step("create"))?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
-        | MountAttrFlags::MOUNT_ATTR_NOSUID
-        | MountAttrFlags::MOUNT_ATTR_NODEV;
-    fsmount(fs_fd, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(step("fsmount"))
 }
 
 /// Attaches a detached mount to a folder.
@@ -79,7 +41,7 @@ pub fn attach(mount: BorrowedFd<'_>, folder: &Path) -> Result<(), MountError> {
         folder,
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
     )
-    .map_err(step("move_mount"))
+    .map_err(MountError::Attach)
 }
 
 /// Mounts on `folder` by `fusermount3`, for this user only; gives the connection.

@@ -8,7 +8,7 @@
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use crate::abi::{Request, op, out_header};
 use crate::filesystem::FileSystem;
 use crate::fuse::{Action, dispatch};
 use crate::lock;
+use crate::meter::{KINDS, Latency, Meter};
 use crate::slots::Slot;
 
 /// How a connection is served.
@@ -62,7 +63,12 @@ struct InWork {
     since: AtomicU64,
 }
 
-struct Session {
+/// One connection, served until it is unmounted.
+#[allow(
+    missing_debug_implementations,
+    reason = "a file system need not have it"
+)]
+pub struct Session {
     fs: Arc<dyn FileSystem>,
     device: OwnedFd,
     options: Options,
@@ -71,7 +77,9 @@ struct Session {
     /// Slots without a worker.
     spare: Mutex<Vec<(usize, Slot)>>,
     idle: AtomicUsize,
+    meter: Meter,
     ended: Sender<Result<(), ServeError>>,
+    end: Mutex<Receiver<Result<(), ServeError>>>,
 }
 
 /// Serves `device`, a connection that is or will be mounted, until it is unmounted. First answers what an earlier
@@ -82,42 +90,76 @@ pub fn serve(
     slots: Vec<Slot>,
     options: Options,
 ) -> Result<(), ServeError> {
-    let (ended, end) = mpsc::channel();
-    let session = Arc::new(Session {
-        fs,
-        device,
-        options,
-        started: Instant::now(),
-        in_work: slots.iter().map(|_| InWork::default()).collect(),
-        spare: Mutex::new(slots.into_iter().enumerate().collect()),
-        idle: AtomicUsize::new(0),
-        ended,
-    });
-    // Each left request gets a worker of its own, which goes on serving.
-    let mut left = Vec::new();
-    {
-        let mut spare = lock(&session.spare);
-        for at in (0..spare.len()).rev() {
-            if spare[at].1.in_use() {
-                left.push(spare.remove(at));
+    Session::new(fs, device, slots, options).run()
+}
+
+impl Session {
+    /// A session that answers nothing yet.
+    pub fn new(
+        fs: Arc<dyn FileSystem>,
+        device: OwnedFd,
+        slots: Vec<Slot>,
+        options: Options,
+    ) -> Arc<Self> {
+        let (ended, end) = mpsc::channel();
+        Arc::new(Session {
+            fs,
+            device,
+            options,
+            started: Instant::now(),
+            in_work: slots.iter().map(|_| InWork::default()).collect(),
+            spare: Mutex::new(slots.into_iter().enumerate().collect()),
+            idle: AtomicUsize::new(0),
+            meter: Meter::default(),
+            ended,
+            end: Mutex::new(end),
+        })
+    }
+
+    /// See [`serve`]. Once a session.
+    pub fn run(self: &Arc<Self>) -> Result<(), ServeError> {
+        // Each left request gets a worker of its own, which goes on serving.
+        let mut left = Vec::new();
+        {
+            let mut spare = lock(&self.spare);
+            for at in (0..spare.len()).rev() {
+                if spare[at].1.in_use() {
+                    left.push(spare.remove(at));
+                }
+            }
+            let most = self.options.threads.max(1).saturating_sub(left.len());
+            spare.truncate(most.max(1));
+        }
+        if !left.is_empty() {
+            tracing::info!(requests = left.len(), "took over from a server that died");
+        }
+        for (index, slot) in left {
+            spawn_worker(self, index, slot);
+        }
+        spawn_spare(self);
+        let end = lock(&self.end);
+        loop {
+            match end.recv_timeout(self.options.deadline / 4) {
+                Ok(end) => return end,
+                Err(RecvTimeoutError::Timeout) => self.expire(),
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
         }
-        let most = options.threads.max(1).saturating_sub(left.len());
-        spare.truncate(most.max(1));
     }
-    if !left.is_empty() {
-        tracing::info!(requests = left.len(), "took over from a server that died");
+
+    /// How long the oldest unanswered request has been waiting.
+    pub fn oldest(&self) -> Duration {
+        let now = self.started.elapsed().as_millis() as u64;
+        let waiting = self.in_work.iter().filter_map(|work| {
+            let since = work.since.load(Ordering::Relaxed);
+            (work.unique.load(Ordering::Acquire) != 0).then(|| now.saturating_sub(since))
+        });
+        Duration::from_millis(waiting.max().unwrap_or(0))
     }
-    for (index, slot) in left {
-        spawn_worker(&session, index, slot);
-    }
-    spawn_spare(&session);
-    loop {
-        match end.recv_timeout(options.deadline / 4) {
-            Ok(end) => return end,
-            Err(RecvTimeoutError::Timeout) => session.expire(),
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
-        }
+
+    /// How long requests took, by kind.
+    pub fn latencies(&self) -> [Latency; KINDS.len()] {
+        self.meter.read()
     }
 }
 
@@ -177,6 +219,7 @@ impl Session {
             return;
         };
         let unique = request.unique;
+        let begun = Instant::now();
         out.clear();
         let expects = !matches!(
             request.opcode,
@@ -199,6 +242,7 @@ impl Session {
                 if self.in_work[index].claim(unique) {
                     self.reply(unique, result, out);
                 }
+                self.meter.count(request.opcode, begun.elapsed());
             }
             Action::Nothing => {}
             Action::Interrupt(other) => self.interrupt(unique, other),

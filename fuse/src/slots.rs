@@ -12,44 +12,51 @@
     reason = "memory shared with another process can only be mapped"
 )]
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use rustix::fs::{MemfdFlags, SealFlags};
+pub use berth_mount::fuse::{SLOTS, request_memory as create};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::fuse::REQUEST_ROOM;
 
-/// Slots, and so requests in work at once.
-pub const SLOTS: usize = 16;
-
 /// In front of each request: how often its slot was found in use by a new server.
 const HEAD: usize = 64;
 const STRIDE: usize = HEAD + REQUEST_ROOM;
+const _: () = assert!(STRIDE == berth_mount::fuse::SLOT);
 
-/// Makes the memory for all slots; its size can no longer change.
-pub fn create() -> Result<OwnedFd, Errno> {
-    let fd = rustix::fs::memfd_create(
-        "berth-fuse-requests",
-        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-    )?;
-    rustix::fs::ftruncate(&fd, (STRIDE * SLOTS) as u64)?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok(fd)
+/// The mapping of all slots, gone with the last of them.
+#[derive(Debug)]
+struct Mapping {
+    start: NonNull<u8>,
+}
+
+// SAFETY: an address; what lies there is used by way of slots only.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this was mapped in `map` with this length, and no slot is left that points into it.
+        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), STRIDE * SLOTS) };
+    }
 }
 
 /// One worker's slot.
 #[derive(Debug)]
 pub struct Slot {
     start: NonNull<u8>,
+    _mapping: Arc<Mapping>,
 }
 
 // SAFETY: a slot is the only one of this process at its address, and may be used by any one thread.
 unsafe impl Send for Slot {}
 
-/// Maps the memory that [`create`] made. It stays mapped as long as the process lives: call this once a connection.
+/// Maps the memory that [`create`] made, for as long as there are slots. Call this once a connection and process.
 pub fn map(fd: impl AsFd) -> Result<Vec<Slot>, Errno> {
     // Refuse another memory: touching pages beyond its end would kill the process.
     if rustix::fs::fstat(&fd)?.st_size != (STRIDE * SLOTS) as i64 {
@@ -67,10 +74,12 @@ pub fn map(fd: impl AsFd) -> Result<Vec<Slot>, Errno> {
         )
     }?;
     let start = NonNull::new(start.cast::<u8>()).ok_or(Errno::INVAL)?;
+    let mapping = Arc::new(Mapping { start });
     Ok((0..SLOTS)
         .map(|index| Slot {
-            // SAFETY: within the mapping, which is never unmapped.
+            // SAFETY: within the mapping, which stays as long as the slot.
             start: unsafe { start.add(index * STRIDE) },
+            _mapping: Arc::clone(&mapping),
         })
         .collect())
 }
@@ -128,7 +137,7 @@ mod tests {
 
     #[test]
     fn memory_of_another_size_is_refused() {
-        let fd = rustix::fs::memfd_create("x", MemfdFlags::CLOEXEC).unwrap();
+        let fd = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, 4096).unwrap();
         assert_eq!(map(&fd).unwrap_err(), Errno::INVAL);
     }

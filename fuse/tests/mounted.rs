@@ -150,13 +150,13 @@ fn readers_outlive_fifty_servers() {
             });
         }
         let mut killed = 0;
-        let bound = Instant::now() + Duration::from_secs(120);
+        let bound = Instant::now() + Duration::from_secs(600);
         let mut last = None;
         while killed < 50 && Instant::now() < bound {
             let server = mount.server();
             if let Some(pid) = server.filter(|_| server != last) {
                 // Let it take some requests first: its start makes fewer reads.
-                let pause = Instant::now() + Duration::from_secs(2);
+                let pause = Instant::now() + Duration::from_millis(500);
                 while reads_of(pid) < 300 && Instant::now() < pause {
                     std::thread::yield_now();
                 }
@@ -165,10 +165,15 @@ fn readers_outlive_fifty_servers() {
                 last = server;
             }
         }
+        // And the last one serves: on a busy machine no round may have ended yet.
+        let seen = rounds.load(Ordering::SeqCst);
+        while rounds.load(Ordering::SeqCst) < seen + 3 && Instant::now() < bound {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         done.store(true, Ordering::SeqCst);
         assert_eq!(killed, 50);
+        assert!(rounds.load(Ordering::SeqCst) >= seen + 3);
     });
-    assert!(rounds.load(Ordering::SeqCst) >= 3);
     let log = mount.log();
     assert!(
         log.contains("took over"),

@@ -20,8 +20,10 @@ pub(crate) struct Key {
 /// Where the bytes come from.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Bytes {
-    /// A file that root's runtime handed over: device and inode.
+    /// A file that root's runtime handed over, mounted by the kernel: device and inode.
     File(u64, u64),
+    /// Served on demand, from wherever: every byte is checked against the root.
+    Demand,
 }
 
 impl Key {
@@ -48,6 +50,15 @@ impl Key {
             root: root(&request.verity_root)?,
             hash_offset: request.hash_offset,
             bytes: Bytes::File(facts.st_dev, facts.st_ino),
+        })
+    }
+
+    /// The image on demand.
+    pub(crate) fn of_root(request: &MountRequest) -> Result<Self, Failure> {
+        Ok(Self {
+            root: root(&request.verity_root)?,
+            hash_offset: request.hash_offset,
+            bytes: Bytes::Demand,
         })
     }
 }

@@ -7,11 +7,13 @@
 //!
 //! - [`table`]: what is kept, and what goes when: pure decisions;
 //! - [`den`]: the mount namespace of its own in which kept mounts hang;
+//! - [`server`]: root's side of the unprivileged process;
 //! - [`service`]: requests and their answers;
 //! - [`signals`]: how it is told to stop.
 
 mod den;
 mod image;
+mod server;
 mod service;
 mod setup;
 mod signals;

@@ -5,6 +5,7 @@
 //! itself. All state is behind one lock that is never held over a call that could wait.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -24,10 +25,11 @@ use rustix::net::{
 };
 
 use crate::den::{Berth, Den};
-use crate::image::Key;
+use crate::image::{Bytes, Key};
+use crate::server::Server;
 use crate::setup::{Failure, Prepared};
 use crate::signals::{Bell, Told};
-use crate::table::{Limits, Table};
+use crate::table::{Entry, Limits, Table};
 
 /// How long a client may take to say what it wants, and to take its answer.
 const SAYING: Duration = Duration::from_secs(5);
@@ -42,6 +44,8 @@ const USERS: usize = 4;
 struct Kept {
     berth: Berth,
     how: How,
+    /// The server's number for it.
+    served: Option<u64>,
     digest: String,
     platform: String,
 }
@@ -50,7 +54,14 @@ struct Kept {
 #[derive(Debug)]
 struct Lease {
     connection: OwnedFd,
+    of: Use,
+}
+
+/// One use of a mount.
+#[derive(Debug, Clone)]
+struct Use {
     key: Key,
+    berth: Berth,
 }
 
 #[derive(Debug)]
@@ -62,11 +73,22 @@ struct State {
     /// Requests in work, by who asks.
     working: HashMap<u32, usize>,
     draining: bool,
+    /// Since the start: mounts given, and those among them that had to be made.
+    given: u64,
+    made: u64,
+}
+
+impl State {
+    fn release(&mut self, of: &Use, now: Instant) {
+        let same = |kept: &Kept| kept.berth == of.berth;
+        self.table.release(&of.key, same, now);
+    }
 }
 
 struct Service {
     prepared: Prepared,
     den: Den,
+    server: Arc<Server>,
     bell: Bell,
     state: Mutex<State>,
     made: Condvar,
@@ -79,10 +101,12 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
     let bell = Bell::new()?;
     raise_descriptors();
     let socket = prepared.service().socket.clone();
+    let server = Arc::new(Server::new(prepared.service())?);
     let listener = listen_at(&socket)?;
     let service = Arc::new(Service {
         prepared,
         den,
+        server: Arc::clone(&server),
         bell,
         state: Mutex::new(State {
             table: Table::new(limits),
@@ -90,11 +114,19 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
             leases: Vec::new(),
             working: HashMap::new(),
             draining: false,
+            given: 0,
+            made: 0,
         }),
         made: Condvar::new(),
     });
     tracing::info!(socket = %socket.display(), keep_s = limits.keep.as_secs(), images = limits.images, "ready");
+    let hears = Arc::clone(&service);
+    let life = Arc::clone(&server);
+    let serving = std::thread::Builder::new().name("server".into());
+    (serving.spawn(move || life.run(&move |id| hears.served_no_more(id))))
+        .map_err(|e| Failure::system("cannot start a thread", e))?;
     while service.turn(&listener)? {}
+    server.leave();
     // Who connects from now on mounts without us.
     let _ = std::fs::remove_file(&socket);
     tracing::info!("stopped");
@@ -167,7 +199,7 @@ impl Service {
             let now = Instant::now();
             for lease in ended {
                 state.leases.retain(|other| !Arc::ptr_eq(other, lease));
-                state.table.release(&lease.key, now);
+                state.release(&lease.of, now);
             }
         }
         if !fds[1].revents().is_empty() {
@@ -252,19 +284,16 @@ impl Service {
         };
         let Ok(bytes) = encode(&answer) else { return };
         let deadline = Instant::now() + SAYING;
-        let (trees, key): (Vec<_>, _) = match &given {
-            Some((tree, key)) => (vec![tree.as_fd()], Some(key.clone())),
-            None => (Vec::new(), None),
-        };
+        let trees: Vec<_> = given.iter().map(|(tree, _)| tree.as_fd()).collect();
         let sent = connection.send(&bytes, &trees, deadline);
-        if let Some(key) = key {
+        if let Some((_, of)) = given {
             let mut state = self.state();
             match sent {
                 Ok(()) => state.leases.push(Arc::new(Lease {
                     connection: connection.into(),
-                    key,
+                    of,
                 })),
-                Err(_) => state.table.release(&key, Instant::now()),
+                Err(_) => state.release(&of, Instant::now()),
             }
             drop(state);
             self.bell.look();
@@ -276,7 +305,7 @@ impl Service {
         request: &Request,
         image: Option<OwnedFd>,
         peer: &Peer,
-    ) -> Result<(Answer, Option<(OwnedFd, Key)>), Failure> {
+    ) -> Result<(Answer, Option<(OwnedFd, Use)>), Failure> {
         if peer.uid != 0 {
             return Err(Failure::new(
                 Failure::PERMISSION,
@@ -284,12 +313,13 @@ impl Service {
             ));
         }
         match request {
-            Request::Mount(request) => self.mount(request, image).map(|(answer, tree, key)| {
-                let given = Some((tree, key));
-                (answer, given)
-            }),
+            Request::Mount(request) => {
+                let (answer, tree, of) = self.mount(request, image)?;
+                Ok((answer, Some((tree, of))))
+            }
             Request::Status => Ok((Answer::Status(self.status()), None)),
             Request::Drain => Ok((self.drain(), None)),
+            Request::Metrics => Ok((self.metrics(), None)),
             _ => Err(Failure::new(Failure::UNAVAILABLE, "this is not served")),
         }
     }
@@ -299,17 +329,19 @@ impl Service {
         &self,
         request: &MountRequest,
         image: Option<OwnedFd>,
-    ) -> Result<(Answer, OwnedFd, Key), Failure> {
-        let image = image.filter(|_| request.mode != Mode::Lazy);
-        let image = image.ok_or_else(|| {
-            let line = "this node service mounts images from their file only";
-            Failure::new(Failure::UNAVAILABLE, line)
-        })?;
-        let key = Key::of_file(request, image.as_fd())?;
+    ) -> Result<(Answer, OwnedFd, Use), Failure> {
+        let key = match (&image, request.mode) {
+            (Some(image), Mode::Auto | Mode::Kernel) => Key::of_file(request, image.as_fd())?,
+            (None, Mode::Kernel) => {
+                let line = "the kernel mounts files only, and there is none";
+                return Err(Failure::new(Failure::UNAVAILABLE, line));
+            }
+            (_, Mode::Lazy) | (None, Mode::Auto) => Key::of_root(request)?,
+        };
         let (kept, there) = match self.take_or_begin(&key)? {
             Some(kept) => (kept, true),
             None => {
-                let made = self.make(request, &image);
+                let made = self.make(&key, request, image);
                 let mut state = self.state();
                 state.making.remove(&key);
                 self.made.notify_all();
@@ -319,9 +351,17 @@ impl Service {
                 (kept, false)
             }
         };
+        let of = Use {
+            key,
+            berth: kept.berth,
+        };
         match self.den.clone_of(kept.berth) {
             Ok(tree) => {
                 let how = kept.how;
+                let mut state = self.state();
+                state.given += 1;
+                state.made += u64::from(!there);
+                drop(state);
                 let job = request.job.as_deref().unwrap_or_default();
                 tracing::info!(
                     digest = request.digest,
@@ -331,10 +371,10 @@ impl Service {
                     kept = there,
                     "mount given"
                 );
-                Ok((Answer::Mounted { how, kept: there }, tree, key))
+                Ok((Answer::Mounted { how, kept: there }, tree, of))
             }
             Err(errno) => {
-                self.state().table.release(&key, Instant::now());
+                self.state().release(&of, Instant::now());
                 self.bell.look();
                 Err(Failure::system("cannot clone a kept mount", errno))
             }
@@ -362,7 +402,30 @@ impl Service {
         }
     }
 
-    fn make(&self, request: &MountRequest, image: &OwnedFd) -> Result<Kept, Failure> {
+    fn make(
+        &self,
+        key: &Key,
+        request: &MountRequest,
+        image: Option<OwnedFd>,
+    ) -> Result<Kept, Failure> {
+        let (how, served, mount) = match (&key.bytes, image) {
+            (Bytes::File(..), Some(image)) => (How::Kernel, None, self.by_kernel(request, &image)?),
+            (_, image) => {
+                let (id, tree) = self.server.serve(request, image)?;
+                (How::Lazy, Some(id), tree)
+            }
+        };
+        let put = self.den.put(mount);
+        Ok(Kept {
+            berth: put.map_err(|e| Failure::system("cannot keep a mount", e))?,
+            how,
+            served,
+            digest: request.digest.clone(),
+            platform: request.platform.clone(),
+        })
+    }
+
+    fn by_kernel(&self, request: &MountRequest, image: &OwnedFd) -> Result<OwnedFd, Failure> {
         let failed = |error: berth_mount::MountError| {
             Failure::new(
                 Failure::INTERNAL,
@@ -376,14 +439,57 @@ impl Service {
         };
         let run_dir = &self.prepared.config.node.run_dir;
         let device = LoopDevice::attach(file, run_dir).map_err(failed)?;
-        let mount = device.mount().map_err(failed)?;
-        let put = self.den.put(mount);
-        Ok(Kept {
-            berth: put.map_err(|e| Failure::system("cannot keep a mount", e))?,
-            how: How::Kernel,
-            digest: request.digest.clone(),
-            platform: request.platform.clone(),
-        })
+        device.mount().map_err(failed)
+    }
+
+    /// The server answers no more for this one: who asks next gets a new one.
+    fn served_no_more(&self, id: u64) {
+        let mut state = self.state();
+        let of = |(key, entry): (&Key, &Entry<Kept>)| {
+            (entry.mount.served == Some(id)).then(|| key.clone())
+        };
+        let key = state.table.iter().find_map(of);
+        if let Some(kept) = key.and_then(|key| state.table.remove(&key)) {
+            tracing::warn!(digest = kept.digest, "a mount's server is gone");
+            self.den.drop_of(kept.berth);
+        }
+    }
+
+    fn metrics(&self) -> Answer {
+        let (mut text, takeovers) = self.server.metrics();
+        let status = self.status();
+        let mut add = |name: &str, kind: &str, help: &str, value: u64| {
+            let _ = write!(
+                text,
+                "# HELP berth_node_{name} {help}\n# TYPE berth_node_{name} {kind}\nberth_node_{name} {value}\n"
+            );
+        };
+        let used = status.mounts.iter().filter(|mount| mount.users > 0);
+        let (used, all) = (used.count() as u64, status.mounts.len() as u64);
+        let state = self.state();
+        add("mounts", "gauge", "Mounts that are kept.", all);
+        add("mounts_used", "gauge", "Mounts that jobs use.", used);
+        let (made, given) = (state.made, state.given);
+        drop(state);
+        add(
+            "mounts_made_total",
+            "counter",
+            "Mounts that were not there.",
+            made,
+        );
+        add(
+            "mounts_given_total",
+            "counter",
+            "Mounts given to steps.",
+            given,
+        );
+        add(
+            "takeovers_total",
+            "counter",
+            "Servers that went on where another died.",
+            takeovers,
+        );
+        Answer::Text { text }
     }
 
     fn drain(&self) -> Answer {
@@ -410,7 +516,7 @@ impl Service {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             draining: state.draining,
-            server: None,
+            server: self.server.pid(),
             mounts: mounts.collect(),
         }
     }

@@ -71,9 +71,10 @@ impl<K: Eq + Hash + Clone, M> Table<K, M> {
         Some(&entry.mount)
     }
 
-    /// A user is gone.
-    pub(crate) fn release(&mut self, key: &K, now: Instant) {
-        if let Some(entry) = self.entries.get_mut(key) {
+    /// A user of this mount, and not of one that came after it, is gone.
+    pub(crate) fn release(&mut self, key: &K, same: impl Fn(&M) -> bool, now: Instant) {
+        let entry = self.entries.get_mut(key);
+        if let Some(entry) = entry.filter(|entry| same(&entry.mount)) {
             entry.users = entry.users.saturating_sub(1);
             entry.idle_since = now;
         }
@@ -129,7 +130,7 @@ mod tests {
         let later = start + KEEP * 3;
         assert!(table.expired(later).is_empty());
         assert_eq!(table.next(later), None);
-        table.release(&"a", later);
+        table.release(&"a", |_| true, later);
         assert_eq!(table.next(later), Some(KEEP));
         assert!(table.expired(later + KEEP / 2).is_empty());
         assert_eq!(table.expired(later + KEEP), [1]);
@@ -161,7 +162,7 @@ mod tests {
         table.take(&"used");
         table.drain();
         assert_eq!(table.expired(start), [1]);
-        table.release(&"used", start);
+        table.release(&"used", |mount| *mount == 2, start);
         assert_eq!(table.expired(start), [2]);
     }
 }

@@ -1,0 +1,412 @@
+//! Root's side of the process that serves images on demand.
+//!
+//! Everything that must outlive that process is held here: each image's connection to the kernel, the memory of its
+//! requests, its file. The process is started when there is something to serve, under a user of its own; when it dies
+//! another one gets all of it again, and readers have only waited. One that does not answer is killed; if servers die
+//! again and again, the connections are closed, and readers get an error instead of waiting for ever.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use berth_config::NodeService;
+use berth_mount::fuse::{detached, open_device, request_memory};
+use berth_mount::keeper::{MountRequest, decode, encode};
+use berth_mount::packets::Packets;
+use berth_mount::serving::{Order, Report, Served};
+use nix::unistd::User;
+
+use crate::setup::Failure;
+
+/// Requests are answered, with an error if need be, after this time: half of Slurm's UnkillableStepTimeout.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// How long an image may take to open.
+const OPENING: Duration = Duration::from_secs(45);
+/// How often the server is asked how it stands, and how long it may take to say so.
+const ROUND: Duration = Duration::from_secs(10);
+/// How long the server may take to read an order.
+const SAYING: Duration = Duration::from_secs(5);
+/// So many deaths within [`WINDOW`] are too many.
+const MOST_DEATHS: usize = 60;
+const WINDOW: Duration = Duration::from_secs(60);
+
+/// One image that is served.
+#[derive(Debug)]
+struct Connection {
+    served: Served,
+    device: OwnedFd,
+    memory: OwnedFd,
+    image: Option<OwnedFd>,
+    /// What the server said of it, once it has.
+    opened: Option<Result<(), String>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    link: Option<Arc<Packets>>,
+    pid: Option<u32>,
+    connections: BTreeMap<u64, Connection>,
+    next: u64,
+    metrics: String,
+    /// Servers that took over from one that died.
+    takeovers: u64,
+    stopping: bool,
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub(crate) struct Server {
+    program: PathBuf,
+    arguments: Vec<String>,
+    cache: PathBuf,
+    user: Result<(u32, u32), String>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+/// What the loop of the service has to know.
+pub(crate) type Ended = dyn Fn(u64) + Send;
+
+impl Server {
+    /// Starts nothing yet. A user that does not exist is told to those who ask for an image on demand.
+    pub(crate) fn new(service: &NodeService) -> Result<Self, Failure> {
+        let own = std::env::current_exe().map_err(|e| Failure::system("own path", e))?;
+        let mut arguments = vec![
+            "node".to_owned(),
+            format!("--cache={}", service.cache_dir.display()),
+            format!("--deadline={}", DEADLINE.as_secs()),
+        ];
+        if service.cache_bytes > 0 {
+            arguments.push(format!("--cache-limit={}", service.cache_bytes));
+        }
+        arguments.extend(service.proxy.iter().map(|proxy| format!("--proxy={proxy}")));
+        Ok(Self {
+            program: program(&own),
+            arguments,
+            cache: service.cache_dir.clone(),
+            user: user(&service.user),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has an image served; gives its number and a detached mount of it once it can be read.
+    pub(crate) fn serve(
+        &self,
+        request: &MountRequest,
+        image: Option<OwnedFd>,
+    ) -> Result<(u64, OwnedFd), Failure> {
+        if let Err(why) = &self.user {
+            return Err(Failure::new(Failure::CONFIG, why.clone())
+                .hint("make that user, or name another one as `node.service.user`"));
+        }
+        let system = |e: &dyn std::fmt::Display| {
+            Failure::new(Failure::INTERNAL, format!("cannot serve an image: {e}"))
+        };
+        let device = open_device().map_err(|e| system(&e))?;
+        let tree = detached(device.as_fd()).map_err(|e| system(&e))?;
+        let memory = request_memory().map_err(|e| system(&e))?;
+        let mut state = self.state();
+        let id = state.next;
+        state.next += 1;
+        let connection = Connection {
+            served: Served {
+                id,
+                digest: request.digest.clone(),
+                verity_root: request.verity_root.clone(),
+                hash_offset: request.hash_offset,
+                sources: request.sources.clone(),
+                taken_over: false,
+            },
+            device,
+            memory,
+            image,
+            opened: None,
+        };
+        if let Some(link) = state.link.clone() {
+            // A failure is the server's end, which the thread that listens to it sees too.
+            let _ = connection.send(&link);
+        }
+        state.connections.insert(id, connection);
+        self.changed.notify_all();
+        let deadline = Instant::now() + OPENING;
+        loop {
+            let opened = state.connections.get(&id).map(|c| c.opened.clone());
+            let failed = match opened {
+                Some(Some(Ok(()))) => return Ok((id, tree)),
+                Some(Some(Err(why))) => why,
+                Some(None) if Instant::now() < deadline => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    let waited = self.changed.wait_timeout(state, left);
+                    state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                    continue;
+                }
+                Some(None) => "its sources do not answer".to_owned(),
+                None => "its server failed".to_owned(),
+            };
+            state.connections.remove(&id);
+            let line = format!("cannot open the image {}: {failed}", request.digest);
+            return Err(Failure::new(Failure::UNAVAILABLE, line));
+        }
+    }
+
+    /// The life of the thread that keeps a server running; `ended` hears of images that are served no more.
+    pub(crate) fn run(&self, ended: &Ended) {
+        let mut deaths = VecDeque::new();
+        loop {
+            let mut state = self.state();
+            while state.connections.is_empty() && !state.stopping {
+                state = (self.changed.wait(state)).unwrap_or_else(PoisonError::into_inner);
+            }
+            if state.stopping {
+                return;
+            }
+            drop(state);
+            if let Err(error) = self.one_life(ended) {
+                tracing::error!(%error, program = %self.program.display(), "cannot start the server");
+                self.give_up(ended);
+                continue;
+            }
+            let now = Instant::now();
+            deaths.push_back(now);
+            while deaths.front().is_some_and(|death| now - *death > WINDOW) {
+                deaths.pop_front();
+            }
+            if deaths.len() > MOST_DEATHS {
+                tracing::error!(
+                    deaths = deaths.len(),
+                    "servers die again and again: closing all connections"
+                );
+                self.give_up(ended);
+                deaths.clear();
+            }
+        }
+    }
+
+    /// Closes every connection: who reads gets an error.
+    fn give_up(&self, ended: &Ended) {
+        let gone = std::mem::take(&mut self.state().connections);
+        self.changed.notify_all();
+        for id in gone.into_keys() {
+            ended(id);
+        }
+    }
+
+    /// One server, from its start to its end.
+    fn one_life(&self, ended: &Ended) -> io::Result<()> {
+        let (link, mut child) = self.start()?;
+        let link = Arc::new(link);
+        tracing::info!(pid = child.id(), "serving on demand");
+        let mut sent = true;
+        {
+            let mut state = self.state();
+            state.link = Some(Arc::clone(&link));
+            state.pid = Some(child.id());
+            for connection in state.connections.values() {
+                sent &= connection.send(&link).is_ok();
+            }
+        }
+        if sent {
+            self.listen(&link, ended);
+        }
+        let stopping = {
+            let mut state = self.state();
+            state.link = None;
+            state.pid = None;
+            let readable = state
+                .connections
+                .values_mut()
+                .filter(|c| c.opened.is_some());
+            let mut left = 0;
+            for connection in readable {
+                connection.served.taken_over = true;
+                left += 1;
+            }
+            state.takeovers += u64::from(left > 0);
+            state.stopping
+        };
+        if !stopping {
+            let _ = child.kill();
+        }
+        drop(link);
+        match stopping {
+            // It serves on for those who still read.
+            true => {}
+            false => {
+                let status = child.wait()?;
+                tracing::warn!(%status, "the server ended");
+            }
+        }
+        Ok(())
+    }
+
+    fn start(&self) -> io::Result<(Packets, Child)> {
+        let (uid, gid) = self.user.clone().map_err(io::Error::other)?;
+        own_folder(&self.cache, uid, gid)?;
+        let (ours, theirs) = Packets::pair()?;
+        let child = Command::new(&self.program)
+            .args(&self.arguments)
+            .env("MALLOC_ARENA_MAX", "4")
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .current_dir("/")
+            .uid(uid)
+            .gid(gid)
+            .spawn()?;
+        Ok((ours, child))
+    }
+
+    /// Hears the server until it ends or has nothing to say for too long.
+    fn listen(&self, link: &Packets, ended: &Ended) {
+        let mut asked = None;
+        loop {
+            let packet = match link.receive(Some(Instant::now() + ROUND)) {
+                Ok(Some(packet)) => packet,
+                Ok(None) => return,
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    if asked.is_some_and(|asked: Instant| asked.elapsed() > ROUND) {
+                        tracing::error!("the server does not answer: killing it");
+                        return;
+                    }
+                    if self.ask(link).is_err() {
+                        return;
+                    }
+                    asked = asked.or(Some(Instant::now()));
+                    continue;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "cannot hear the server");
+                    return;
+                }
+            };
+            let report = match decode::<Report>(&packet.bytes) {
+                Ok(report) => report,
+                Err(why) => {
+                    tracing::error!(why, "of the server");
+                    return;
+                }
+            };
+            match report {
+                Report::Ready { id } => self.opened(id, Ok(())),
+                Report::Failed { id, why } => self.opened(id, Err(why)),
+                Report::Ended { id } => {
+                    let gone = self.state().connections.remove(&id);
+                    self.changed.notify_all();
+                    if gone.is_some() {
+                        ended(id);
+                    }
+                }
+                Report::Whole { .. } => {}
+                Report::Standing { oldest_ms, metrics } => {
+                    asked = None;
+                    let mut state = self.state();
+                    state.metrics = metrics;
+                    drop(state);
+                    self.changed.notify_all();
+                    if Duration::from_millis(oldest_ms) > DEADLINE * 2 {
+                        tracing::error!(
+                            oldest_ms,
+                            "the server leaves a request unanswered: killing it"
+                        );
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn opened(&self, id: u64, result: Result<(), String>) {
+        let mut state = self.state();
+        if let Some(connection) = state.connections.get_mut(&id) {
+            connection.opened = Some(result);
+        }
+        self.changed.notify_all();
+    }
+
+    fn ask(&self, link: &Packets) -> io::Result<()> {
+        link.send(&encode(&Order::Tell)?, &[], Instant::now() + SAYING)
+    }
+
+    /// The server's process, where one runs.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.state().pid
+    }
+
+    /// What the server counted, and how often another one took over.
+    pub(crate) fn metrics(&self) -> (String, u64) {
+        let mut state = self.state();
+        state.metrics.clear();
+        if let Some(link) = state.link.clone()
+            && self.ask(&link).is_ok()
+        {
+            let deadline = Instant::now() + SAYING;
+            while state.metrics.is_empty() && state.link.is_some() && Instant::now() < deadline {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let waited = self.changed.wait_timeout(state, left);
+                state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+        (state.metrics.clone(), state.takeovers)
+    }
+
+    /// The service ends: the server goes on by itself until nobody reads.
+    pub(crate) fn leave(&self) {
+        let mut state = self.state();
+        state.stopping = true;
+        self.changed.notify_all();
+    }
+}
+
+impl Connection {
+    fn send(&self, link: &Packets) -> io::Result<()> {
+        let order = encode(&Order::Serve(self.served.clone()))?;
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![self.device.as_fd(), self.memory.as_fd()];
+        descriptors.extend(self.image.as_ref().map(|image| image.as_fd()));
+        link.send(&order, &descriptors, Instant::now() + SAYING)
+    }
+}
+
+/// `berth-fuse` of the same installation: beside us, or with the other programs that nobody types.
+fn program(own: &Path) -> PathBuf {
+    let beside = own.with_file_name("berth-fuse");
+    match beside.exists() {
+        true => beside,
+        false => "/usr/libexec/berth/berth-fuse".into(),
+    }
+}
+
+/// A name, or a number that needs no entry.
+fn user(name: &str) -> Result<(u32, u32), String> {
+    if let Ok(number) = name.parse::<u32>() {
+        return Ok((number, number));
+    }
+    match User::from_name(name) {
+        Ok(Some(user)) if !user.uid.is_root() => Ok((user.uid.as_raw(), user.gid.as_raw())),
+        Ok(Some(_)) => Err(format!("the user `{name}` is root")),
+        Ok(None) => Err(format!("there is no user `{name}`")),
+        Err(error) => Err(format!("the user `{name}` cannot be looked up: {error}")),
+    }
+}
+
+/// The cache's folder, the server's alone.
+fn own_folder(path: &Path, uid: u32, gid: u32) -> io::Result<()> {
+    use rustix::fs::{Gid, Mode, OFlags, Uid, fchmod, fchown, open};
+    match rustix::fs::mkdir(path, Mode::from(0o700)) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let folder = open(path, flags, Mode::empty())?;
+    fchmod(&folder, Mode::from(0o700))?;
+    fchown(&folder, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+    Ok(())
+}

@@ -1,0 +1,272 @@
+//! Images on demand: one server for all, which may die at any moment.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use berth_mount::keeper::{self, Answer, Given, How, MountRequest, Request};
+use rustix::fs::{Dir, Mode, OFlags};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::harness::{Node, eventually, soon};
+
+/// Names and contents of a folder.
+type Tree = BTreeMap<String, Vec<u8>>;
+
+/// Files of some sizes, which do not compress away.
+fn tree(seed: u64, files: usize) -> Tree {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut word = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let file = |at: usize| {
+        let len = [5, 4000, 70_000, 300_000][at % 4];
+        let bytes = std::iter::repeat_with(&mut word).flat_map(u64::to_le_bytes);
+        (format!("file-{at:05}"), bytes.take(len).collect())
+    };
+    (0..files).map(file).collect()
+}
+
+fn write(tree: &Tree, folder: &Path) {
+    std::fs::create_dir(folder).unwrap();
+    for (name, bytes) in tree {
+        std::fs::write(folder.join(name), bytes).unwrap();
+    }
+}
+
+fn folder(tree: &OwnedFd) -> OwnedFd {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(tree, ".", flags, Mode::empty()).unwrap()
+}
+
+fn names(dir: &mut Dir) -> impl Iterator<Item = String> {
+    dir.map(|entry| entry.unwrap().file_name().to_str().unwrap().to_owned())
+        .filter(|name| !name.starts_with('.'))
+}
+
+fn contents(mount: &OwnedFd, name: &str) -> Vec<u8> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(mount, name, flags, Mode::empty()).unwrap();
+    let mut bytes = Vec::new();
+    File::from(file).read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+fn all(mount: &OwnedFd) -> Tree {
+    let mut dir = Dir::new(folder(mount)).unwrap();
+    names(&mut dir)
+        .map(|name| (name.clone(), contents(mount, &name)))
+        .collect()
+}
+
+/// A service and images of `trees`, on demand; `None` where that is not possible.
+fn serving(trees: &[Tree]) -> Option<(Node, Vec<(MountRequest, Given)>)> {
+    let node = Node::start("keep_images = 100")?;
+    let mut given = Vec::new();
+    for (at, tree) in trees.iter().enumerate() {
+        let folder = node.dir.path().join(format!("tree-{at}"));
+        write(tree, &folder);
+        let image = node.image_of(&format!("image-{at}"), &folder);
+        let request = node.sealed(&image)?;
+        let mount = node.demand(&image, &request);
+        given.push((request, mount));
+    }
+    Some((node, given))
+}
+
+fn server(node: &Node) -> Option<Pid> {
+    Pid::from_raw(i32::try_from(node.status().server?).unwrap())
+}
+
+/// The next server, which is not `last`.
+fn next_server(node: &Node, last: Option<Pid>) -> Pid {
+    let mut found = None;
+    eventually("another server", || {
+        found = server(node).filter(|pid| Some(*pid) != last);
+        found.is_some()
+    });
+    found.unwrap()
+}
+
+/// Has the kernel forget what it has of all mounts.
+fn forget() {
+    std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+}
+
+fn field(pid: Pid, name: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    line.and_then(|line| line.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0)
+}
+
+#[test]
+fn an_image_on_demand_is_right_and_nobody_looks_into_its_server() {
+    let trees = [tree(1, 40)];
+    let Some((node, given)) = serving(&trees) else {
+        return;
+    };
+    let (request, mount) = &given[0];
+    assert_eq!((mount.how, mount.kept), (How::Lazy, false));
+    assert!(all(&mount.tree) == trees[0]);
+    // Without a file: only who was verified as having a right to it asks for a kept one.
+    let again = keeper::mount(&node.socket(), request, None, soon()).unwrap();
+    assert!(again.kept);
+    let pid = server(&node).unwrap();
+    assert_eq!(field(pid, "Uid:"), 64304);
+    for file in ["environ", "maps", "mem", "fd/0"] {
+        let read = Command::new("head")
+            .args(["-c1", &format!("/proc/{pid}/{file}")])
+            .uid(64304)
+            .gid(64304)
+            .output()
+            .unwrap();
+        assert!(!read.status.success(), "{file}");
+    }
+    let answer = keeper::ask(&node.socket(), &Request::Metrics, None, soon()).unwrap();
+    let Answer::Text { text } = answer else {
+        panic!("{answer:?}")
+    };
+    let has = |line: &str| text.lines().any(|l| l.starts_with(line));
+    assert!(has("berth_node_chunk_misses_total "), "{text}");
+    assert!(
+        has("berth_node_fetched_bytes_total{source=\"file\"} "),
+        "{text}"
+    );
+    assert!(
+        has("berth_node_request_seconds_count{kind=\"read\"} "),
+        "{text}"
+    );
+    assert!(has("berth_node_takeovers_total 0"), "{text}");
+}
+
+#[test]
+fn readers_of_many_mounts_outlive_fifty_servers() {
+    let trees: Vec<Tree> = (0..4).map(|seed| tree(seed, 24)).collect();
+    let Some((node, given)) = serving(&trees) else {
+        return;
+    };
+    let (done, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for (tree, (_, given)) in trees.iter().zip(&given) {
+            let (done, rounds) = (&done, &rounds);
+            scope.spawn(move || {
+                while !done.load(Ordering::SeqCst) {
+                    forget();
+                    assert!(all(&given.tree) == *tree);
+                    rounds.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        let mut last = None;
+        for killed in 0..50 {
+            let pid = next_server(&node, last);
+            // Some die at their start, some in the middle of work.
+            if killed % 5 == 0 {
+                let seen = rounds.load(Ordering::SeqCst);
+                eventually("readers go on", || rounds.load(Ordering::SeqCst) > seen);
+            }
+            kill_process(pid, Signal::KILL).unwrap();
+            last = Some(pid);
+        }
+        // And the last one serves.
+        let seen = rounds.load(Ordering::SeqCst);
+        eventually("readers go on", || {
+            rounds.load(Ordering::SeqCst) >= seen + 8
+        });
+        done.store(true, Ordering::SeqCst);
+    });
+    let (_, mount) = &given[0];
+    let again = keeper::mount(&node.socket(), &given[0].0, None, soon()).unwrap();
+    assert!(again.kept && mount.how == How::Lazy);
+}
+
+#[test]
+fn a_listing_goes_on_where_the_server_died() {
+    let many: Tree = (0..5000)
+        .map(|at| (format!("{at:04}-{}", "n".repeat(60)), Vec::new()))
+        .collect();
+    let Some((node, given)) = serving(std::slice::from_ref(&many)) else {
+        return;
+    };
+    forget();
+    let mut dir = Dir::new(folder(&given[0].1.tree)).unwrap();
+    let mut seen: Vec<String> = names(&mut dir).take(50).collect();
+    let pid = server(&node).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    seen.extend(names(&mut dir));
+    assert!(seen.iter().eq(many.keys()), "{} of 5000", seen.len());
+    assert_ne!(next_server(&node, Some(pid)), pid);
+}
+
+#[test]
+fn readers_outlive_the_keeper_and_its_server_ends_with_the_last_of_them() {
+    let trees = [tree(7, 40)];
+    let Some((mut node, mut given)) = serving(&trees) else {
+        return;
+    };
+    let pid = server(&node).unwrap();
+    node.child.kill().unwrap();
+    node.child.wait().unwrap();
+    forget();
+    let (_, mount) = given.pop().unwrap();
+    assert!(all(&mount.tree) == trees[0]);
+    // The next keeper serves anew.
+    node.child = Node::spawn(node.dir.path());
+    node.wait_ready();
+    drop(mount);
+    eventually("the old server ends", || {
+        rustix::process::test_kill_process(pid).is_err()
+    });
+}
+
+#[test]
+fn sixty_four_mounts_stay_within_their_memory() {
+    let trees: Vec<Tree> = (0..64).map(|seed| tree(seed, 12)).collect();
+    let Some((node, given)) = serving(&trees) else {
+        return;
+    };
+    let pid = server(&node).unwrap();
+    let (done, most) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8)
+            .map(|worker| {
+                let (given, trees) = (&given, &trees);
+                scope.spawn(move || {
+                    for at in (worker..64).step_by(8) {
+                        assert!(all(&given[at].1.tree) == trees[at]);
+                    }
+                })
+            })
+            .collect();
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                let now = field(pid, "RssAnon:") as usize;
+                most.fetch_max(now, Ordering::SeqCst);
+                std::thread::yield_now();
+            }
+        });
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        done.store(true, Ordering::SeqCst);
+    });
+    let kib = most.load(Ordering::SeqCst);
+    eprintln!("anonymous memory: {} MiB", kib >> 10);
+    assert!(kib > 0 && kib < (64 + 8 * 64) << 10, "{kib} KiB");
+    assert_eq!(server(&node), Some(pid));
+    drop(given);
+    eventually("all are unused", || {
+        node.status().mounts.iter().all(|mount| mount.users == 0)
+    });
+    keeper::ask(&node.socket(), &Request::Drain, None, soon()).unwrap();
+    eventually("all are gone", || node.status().mounts.is_empty());
+}

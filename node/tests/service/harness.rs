@@ -1,0 +1,216 @@
+//! A service of a test's own, images for it, and what a test asks of both.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use berth_mount::keeper::{self, Answer, Given, KeeperError, Mode, MountRequest, Request, Status};
+use rustix::fs::{Mode as Bits, OFlags};
+
+const BOUND: Duration = Duration::from_secs(30);
+
+/// A service of one test's own.
+pub struct Node {
+    pub dir: tempfile::TempDir,
+    pub child: Child,
+}
+
+impl Node {
+    /// `None` where mounting is not possible, which CI does not accept.
+    pub fn start(settings: &str) -> Option<Self> {
+        let can = rustix::process::geteuid().is_root()
+            && Path::new("/dev/loop-control").exists()
+            && Command::new("mksquashfs").arg("-version").output().is_ok();
+        if !can {
+            assert!(std::env::var_os("CI").is_none(), "CI mounts as root");
+            eprintln!("left out: needs root, loop devices and mksquashfs");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(
+            dir.path(),
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )
+        .unwrap();
+        let at = dir.path().display();
+        let config = format!(
+            "[node]\nrun_dir = '{at}/run'\n[node.service]\nsocket = '{at}/run/node.sock'\nuser = '64304'\ncache_dir = '{at}/cache'\n{settings}\n"
+        );
+        std::fs::write(dir.path().join("berth.toml"), config).unwrap();
+        let child = Self::spawn(dir.path());
+        let node = Self { dir, child };
+        node.wait_ready();
+        Some(node)
+    }
+
+    pub fn spawn(dir: &Path) -> Child {
+        Command::new(programs().join("berth-node"))
+            .env("BERTH_LOG", "warn")
+            .arg("--config")
+            .arg(dir.join("berth.toml"))
+            .spawn()
+            .unwrap()
+    }
+
+    pub fn wait_ready(&self) {
+        eventually("the service answers", || {
+            keeper::ask(&self.socket(), &Request::Status, None, soon()).is_ok()
+        });
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("run/node.sock")
+    }
+
+    /// An image with one file that says `text`.
+    pub fn image(&self, name: &str, text: &str) -> PathBuf {
+        let tree = self.dir.path().join(format!("{name}.tree"));
+        std::fs::create_dir(&tree).unwrap();
+        std::fs::write(tree.join("file"), text).unwrap();
+        self.image_of(name, &tree)
+    }
+
+    pub fn mount(&self, image: &Path) -> Result<Given, KeeperError> {
+        let file = File::open(image).unwrap();
+        keeper::mount(&self.socket(), &request(image), Some(file.as_fd()), soon())
+    }
+
+    /// The same as an image with a hash tree, and its request on demand; `None` where veritysetup is missing.
+    pub fn sealed(&self, image: &Path) -> Option<MountRequest> {
+        let mut request = request(image);
+        request.mode = Mode::Lazy;
+        let size = request.file_size.next_multiple_of(4096);
+        File::options()
+            .write(true)
+            .open(image)
+            .unwrap()
+            .set_len(size)
+            .unwrap();
+        let made = Command::new("veritysetup")
+            .args(["format", &format!("--hash-offset={size}")])
+            .args([image, image])
+            .output();
+        let Ok(made) = made else {
+            assert!(std::env::var_os("CI").is_none(), "CI has veritysetup");
+            eprintln!("left out: needs veritysetup");
+            return None;
+        };
+        assert!(made.status.success(), "{made:?}");
+        let said = String::from_utf8(made.stdout).unwrap();
+        let mut lines = said.lines();
+        let root = lines.find_map(|l| l.strip_prefix("Root hash:")).unwrap();
+        request.verity_root = root.trim().to_owned();
+        request.hash_offset = size;
+        request.file_size = std::fs::metadata(image).unwrap().size();
+        Some(request)
+    }
+
+    /// An image on demand, fetched from its file.
+    pub fn demand(&self, image: &Path, request: &MountRequest) -> Given {
+        let file = File::open(image).unwrap();
+        keeper::mount(&self.socket(), request, Some(file.as_fd()), soon()).unwrap()
+    }
+
+    /// An image of a tree that is there.
+    pub fn image_of(&self, name: &str, tree: &Path) -> PathBuf {
+        let image = self.dir.path().join(name);
+        let made = Command::new("mksquashfs")
+            .args([tree, &image])
+            .args(["-noappend", "-quiet", "-no-progress", "-comp", "zstd"])
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{made:?}");
+        image
+    }
+
+    pub fn status(&self) -> Status {
+        match keeper::ask(&self.socket(), &Request::Status, None, soon()).unwrap() {
+            Answer::Status(status) => status,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.child.wait();
+    }
+}
+
+/// The programs, where the server's user may run them: a clone may lie where others cannot go.
+fn programs() -> &'static Path {
+    static PROGRAMS: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let folder = PROGRAMS.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(folder.path(), open).unwrap();
+        let node = Path::new(env!("CARGO_BIN_EXE_berth-node"));
+        let fuse = node.with_file_name("berth-fuse");
+        assert!(fuse.exists(), "cargo build -p berth-fuse");
+        for program in [node, &fuse] {
+            std::fs::copy(program, folder.path().join(program.file_name().unwrap())).unwrap();
+        }
+        folder
+    });
+    folder.path()
+}
+
+pub fn request(image: &Path) -> MountRequest {
+    let size = std::fs::metadata(image).unwrap().size();
+    MountRequest {
+        digest: format!("sha256:{}", "1".repeat(64)),
+        platform: "linux/amd64".into(),
+        verity_root: "ab".repeat(32),
+        hash_offset: size,
+        file_size: size,
+        mode: Mode::Kernel,
+        job: Some("7".into()),
+        uid: 1000,
+        sources: Vec::new(),
+    }
+}
+
+pub fn soon() -> Instant {
+    Instant::now() + BOUND
+}
+
+pub fn eventually(what: &str, mut check: impl FnMut() -> bool) {
+    let end = soon();
+    while !check() {
+        assert!(Instant::now() < end, "not in time: {what}");
+        // Between two looks, so that what is waited for gets the processor.
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// What the file in a mount says.
+pub fn says(tree: &OwnedFd) -> String {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(tree, "file", flags, Bits::empty()).unwrap();
+    let mut text = String::new();
+    File::from(file).read_to_string(&mut text).unwrap();
+    text
+}
+
+pub fn as_somebody(node: &Node, message: &str) -> Output {
+    let script = "import socket, sys\n\
+        s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n\
+        s.connect(sys.argv[1]); s.send(sys.argv[2].encode())\n\
+        print(s.recv(65536).decode())";
+    Command::new("python3")
+        .args(["-c", script])
+        .arg(node.socket())
+        .arg(message)
+        .uid(65534)
+        .gid(65534)
+        .output()
+        .unwrap()
+}

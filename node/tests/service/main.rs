@@ -1,0 +1,5 @@
+//! The node service, whole: what it keeps, and what it serves on demand.
+
+mod demand;
+mod harness;
+mod kept;
