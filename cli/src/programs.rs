@@ -17,3 +17,9 @@ pub fn find(name: &str) -> Result<PathBuf, Failure> {
             .hint(format!("it belongs into {LIBEXEC}: ask the admin"))
     })
 }
+
+/// Whether `PATH` has it.
+pub fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}

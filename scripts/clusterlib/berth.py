@@ -20,6 +20,7 @@ PRODUCTS = {
     "berth": "berth",
     "berth-convert": "berth-convert",
     "berth-runtime": "berth-runtime",
+    "berth-fuse": "berth-fuse",
     "berth-guard": "berth-guard",
     "berth-node": "berth-node",
     "libspank_berth.so": "spank_berth.so",

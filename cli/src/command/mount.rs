@@ -32,7 +32,7 @@ pub fn mount(
         )
         .hint("make the folder first")
     })?;
-    if !geteuid().is_root() && !on_path(HELPER) {
+    if !geteuid().is_root() && !programs::on_path(HELPER) {
         return Err(without_helper());
     }
     let program = programs::find("berth-fuse")?;
@@ -78,8 +78,11 @@ fn why_not(mut server: std::process::Child) -> Failure {
     let _ = server.wait();
     let last = said.lines().rev().find(|l| !l.trim().is_empty());
     let last = last.unwrap_or("berth: the server ended without a word");
-    Failure::new(OTHER, last.strip_prefix("berth: ").unwrap_or(last))
-        .hint("`berth doctor` tells whether this machine can mount through FUSE")
+    let failure = Failure::new(OTHER, last.strip_prefix("berth: ").unwrap_or(last));
+    match last.contains("/dev/fuse") || last.contains("mount") {
+        true => failure.hint("`berth doctor` tells whether this machine can mount through FUSE"),
+        false => failure,
+    }
 }
 
 fn without_helper() -> Failure {
@@ -103,7 +106,7 @@ pub fn umount(folder: &Path) -> Result<(), Failure> {
     }
     let mut command = match geteuid().is_root() {
         true => Command::new("umount"),
-        false if !on_path(HELPER) => return Err(without_helper()),
+        false if !programs::on_path(HELPER) => return Err(without_helper()),
         false => {
             let mut helper = Command::new(HELPER);
             helper.arg("-u");
@@ -154,11 +157,6 @@ fn unescape(text: &str) -> String {
         out = out.replace(code, plain);
     }
     out
-}
-
-fn on_path(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! What the kernel must bring.
 
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use nix::sys::utsname::uname;
@@ -20,7 +19,6 @@ pub fn checks() -> Vec<Check> {
         filesystem("squashfs", &release),
         filesystem("overlay", &release),
         loop_devices(&release),
-        fuse(),
     ]
 }
 
@@ -90,28 +88,6 @@ fn loop_devices(release: &str) -> Check {
         .hint("modprobe loop; echo loop > /etc/modules-load.d/berth.conf")
     } else {
         Check::fail(name, "no /dev/loop-control: no image can be mounted").hint("modprobe loop")
-    }
-}
-
-fn fuse() -> Check {
-    let name = "fuse";
-    match fs::metadata("/dev/fuse") {
-        Ok(facts) if facts.file_type().is_char_device() && facts.mode() & 0o666 == 0o666 => {
-            Check::ok(name, "/dev/fuse is open to all")
-        }
-        Ok(facts) => Check::warn(
-            name,
-            format!(
-                "/dev/fuse has mode {:04o}: other runtimes' FUSE mounts fail for users",
-                facts.mode() & 0o7777
-            ),
-        )
-        .hint("chmod 0666 /dev/fuse, as udev does"),
-        Err(_) => Check::warn(
-            name,
-            "no /dev/fuse: squashfuse and other runtimes cannot mount",
-        )
-        .hint("modprobe fuse"),
     }
 }
 

@@ -8,6 +8,7 @@ mod site;
 mod slurm;
 mod slurm_conf;
 mod trust;
+mod users;
 
 use berth_config::Config;
 use serde::Serialize;
@@ -76,6 +77,7 @@ pub fn run(global: &Global) -> Result<(), Failure> {
     let loaded = context::load(&global.config);
     let mut checks = site::config(&global.config, &loaded);
     checks.extend(kernel::checks());
+    checks.extend(users::checks());
     match &loaded {
         Ok(config) => checks.extend(configured(config)),
         Err(_) => checks.push(Check::warn(
