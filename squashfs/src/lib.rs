@@ -4,6 +4,7 @@
 //! - [`compress`]: the compressors an image may use;
 //! - [`mod@check`]: whether a finished image is fit to be signed;
 //! - [`mod@write`]: writing an image, in the same bytes on any number of threads;
+//! - [`spill`]: a file for what would take too much memory;
 //! - [`verity`]: the dm-verity tree behind it;
 //! - [`read`]: reading an image from any source.
 
@@ -11,6 +12,6 @@ pub mod check;
 pub mod compress;
 pub mod format;
 pub mod read;
-mod spill;
+pub mod spill;
 pub mod verity;
 pub mod write;

@@ -15,8 +15,9 @@ pub(super) struct Kept {
     bytes: KeptBytes,
 }
 
+/// Contents, wherever they are.
 #[derive(Debug)]
-enum KeptBytes {
+pub(super) enum KeptBytes {
     None,
     Memory(Box<[u8]>),
     Spilled { at: u64, len: usize },
@@ -56,6 +57,20 @@ impl Ahead {
 
     /// Puts a step of a later lane aside and frees its buffers.
     pub(super) fn keep(&self, step: Step, pool: &Pool) -> Result<Kept, WriteError> {
+        self.put(step, pool, self.limit)
+    }
+
+    /// The same with a step that nobody may ever ask for: into the spill file, if there is one.
+    pub(super) fn put_away(&self, step: Step, pool: &Pool) -> Result<Kept, WriteError> {
+        self.put(step, pool, 0)
+    }
+
+    /// The same with the contents of a small file.
+    pub(super) fn stow(&self, bytes: &[u8]) -> Result<KeptBytes, WriteError> {
+        self.put_bytes(bytes, 0)
+    }
+
+    fn put(&self, step: Step, pool: &Pool, limit: u64) -> Result<Kept, WriteError> {
         let (slot, step) = match step {
             Step::Block { slot, hash, form } => (
                 slot,
@@ -89,41 +104,33 @@ impl Ahead {
             } => &slot.packed[..],
             _ => &slot.raw[..slot.used],
         };
-        let kept = match &self.spill {
-            Some(spill) if self.shared.gate.kept() + bytes.len() as u64 > self.limit => {
-                let put = spill.put(bytes);
-                KeptBytes::Spilled {
-                    at: put.map_err(WriteError::io("write the spill file"))?,
-                    len: bytes.len(),
-                }
+        let bytes = self.put_bytes(bytes, limit)?;
+        pool.give_back(slot);
+        Ok(Kept { step, bytes })
+    }
+
+    fn put_bytes(&self, bytes: &[u8], limit: u64) -> Result<KeptBytes, WriteError> {
+        let len = bytes.len();
+        Ok(match &self.spill {
+            Some(spill) if self.shared.gate.kept() + len as u64 > limit => {
+                let at = spill.put(bytes);
+                let at = at.map_err(WriteError::io("write the spill file"))?;
+                KeptBytes::Spilled { at, len }
             }
             _ => {
-                self.shared.gate.keep(bytes.len() as u64);
+                self.shared.gate.keep(len as u64);
                 KeptBytes::Memory(bytes.into())
             }
-        };
-        pool.give_back(slot);
-        Ok(Kept { step, bytes: kept })
+        })
     }
 
     /// Makes a kept step what it was.
     pub(super) fn restore(&self, kept: Kept) -> Result<Step, WriteError> {
         let Kept { mut step, bytes } = kept;
-        let bytes = match bytes {
-            KeptBytes::None => return Ok(step),
-            KeptBytes::Memory(bytes) => {
-                self.shared.gate.release(bytes.len() as u64);
-                bytes.into_vec()
-            }
-            KeptBytes::Spilled { at, len } => {
-                let mut bytes = vec![0; len];
-                let spill = self.spill.as_ref().ok_or(WriteError::Aborted)?;
-                spill
-                    .get(at, &mut bytes)
-                    .map_err(WriteError::io("read the spill file"))?;
-                bytes
-            }
-        };
+        if let KeptBytes::None = bytes {
+            return Ok(step);
+        }
+        let bytes = self.bytes(bytes)?;
         match &mut step {
             Step::Block {
                 slot,
@@ -137,5 +144,23 @@ impl Ahead {
             _ => {}
         }
         Ok(step)
+    }
+
+    /// What was kept.
+    pub(super) fn bytes(&self, kept: KeptBytes) -> Result<Vec<u8>, WriteError> {
+        Ok(match kept {
+            KeptBytes::None => Vec::new(),
+            KeptBytes::Memory(bytes) => {
+                self.shared.gate.release(bytes.len() as u64);
+                bytes.into_vec()
+            }
+            KeptBytes::Spilled { at, len } => {
+                let mut bytes = vec![0; len];
+                let spill = self.spill.as_ref().ok_or(WriteError::Aborted)?;
+                let got = spill.get(at, &mut bytes);
+                got.map_err(WriteError::io("read the spill file"))?;
+                bytes
+            }
+        })
     }
 }

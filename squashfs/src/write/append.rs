@@ -12,12 +12,12 @@ use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
 
-use super::ahead::{Ahead, Kept};
+use super::ahead::{Ahead, Kept, KeptBytes};
 use super::contents::{Appended, FileRecord};
 use super::output::Output;
 use super::share::{Beginnings, Hash, KnownBlocks, Run, SmallFiles, Stored};
 use super::worker::{Form, Job, Pool, Slot};
-use super::{Settings, Shared, WriteError};
+use super::{FileHandle, Settings, Shared, WriteError};
 use crate::format::{BlockSize, FragmentEntry};
 
 /// Full fragments that may be on their way. Changing it changes the bytes of images.
@@ -36,6 +36,15 @@ pub(super) enum Arrival {
         slot: Slot,
         form: Form,
     },
+    /// Nothing of this lane may be carried out yet.
+    Opened {
+        lane: u32,
+    },
+    /// Now it may, but for these of its files, named in their order.
+    Settled {
+        lane: u32,
+        unwanted: VecDeque<u32>,
+    },
     Finish {
         lanes: u32,
     },
@@ -53,6 +62,8 @@ pub(super) enum Step {
     EndFile { size: u64 },
     /// Small files, one behind another: length and hash.
     Small { slot: Slot, files: Vec<(u32, Hash)> },
+    /// A file that was not wanted in its lane.
+    BringBack(FileHandle),
     /// The lane has ended.
     Close,
 }
@@ -61,6 +72,21 @@ pub(super) enum Step {
 struct LaneState {
     next: u64,
     waiting: BTreeMap<u64, Kept>,
+    /// It is not known yet which files are wanted.
+    open: bool,
+    /// Numbers of its files that are to be put aside.
+    unwanted: VecDeque<u32>,
+}
+
+/// A file that was not wanted in its lane.
+#[derive(Debug)]
+enum Unwanted {
+    Small {
+        len: u32,
+        hash: Hash,
+        bytes: KeptBytes,
+    },
+    Blocks(Vec<Kept>),
 }
 
 /// The file that is being appended.
@@ -92,6 +118,9 @@ pub(super) struct Appender {
     beginnings: Beginnings,
     small: SmallFiles,
     current: Option<Current>,
+    /// Steps of the file that is being put aside.
+    aside: Vec<Kept>,
+    unwanted: HashMap<FileHandle, Unwanted>,
 
     filling: Slot,
     fragments: Vec<FragmentEntry>,
@@ -128,6 +157,8 @@ impl Appender {
             beginnings: Beginnings::default(),
             small: SmallFiles::default(),
             current: None,
+            aside: Vec::new(),
+            unwanted: HashMap::new(),
             filling: Slot::default(),
             fragments: Vec::new(),
             on_the_way: VecDeque::new(),
@@ -175,11 +206,12 @@ impl Appender {
                     self.closed += 1;
                 }
                 let state = self.lanes.entry(lane).or_default();
-                if lane == self.turn && state.next == sequence {
+                let now = lane == self.turn && !state.open;
+                if now && state.next == sequence {
                     state.next += 1;
                     return Ok(Some(step));
                 }
-                let kept = if lane == self.turn {
+                let kept = if now {
                     Kept::whole(step)
                 } else {
                     self.ahead.keep(step, &self.pool)?
@@ -194,6 +226,11 @@ impl Appender {
                 let place = (index - self.first_on_the_way) as usize;
                 self.on_the_way[place] = Some((slot, form));
             }
+            Arrival::Opened { lane } => self.lanes.entry(lane).or_default().open = true,
+            Arrival::Settled { lane, unwanted } => {
+                let state = self.lanes.entry(lane).or_default();
+                (state.open, state.unwanted) = (false, unwanted);
+            }
             // Lanes say that they close on this very channel, so by now all must have.
             Arrival::Finish { lanes } if lanes != self.closed => return Err(WriteError::LaneOpen),
             Arrival::Finish { lanes } => self.expected = Some(lanes),
@@ -204,7 +241,8 @@ impl Appender {
 
     /// The step whose turn it is, when it waits already.
     fn next_kept(&mut self) -> Result<Option<Step>, WriteError> {
-        let Some(state) = self.lanes.get_mut(&self.turn) else {
+        let state = self.lanes.get_mut(&self.turn);
+        let Some(state) = state.filter(|state| !state.open) else {
             return Ok(None);
         };
         let Some(kept) = state.waiting.remove(&state.next) else {
@@ -216,6 +254,15 @@ impl Appender {
 
     fn carry_out(&mut self, step: Step) -> Result<(), WriteError> {
         match step {
+            Step::Block { .. } | Step::Holes(_) if self.is_unwanted() => {
+                let kept = self.ahead.put_away(step, &self.pool)?;
+                self.aside.push(kept);
+            }
+            Step::EndFile { .. } if self.is_unwanted() => {
+                self.aside.push(Kept::whole(step));
+                let steps = std::mem::take(&mut self.aside);
+                self.leave_out(Unwanted::Blocks(steps));
+            }
             Step::Block { slot, hash, form } => {
                 self.append_block(&slot, hash, form)?;
                 self.pool.give_back(slot);
@@ -233,11 +280,30 @@ impl Appender {
             Step::Small { slot, files } => {
                 let mut at = 0;
                 for (len, hash) in files {
-                    self.append_small(&slot.raw[at..at + len as usize], hash)?;
+                    let contents = &slot.raw[at..at + len as usize];
+                    if self.is_unwanted() {
+                        let bytes = self.ahead.stow(contents)?;
+                        self.leave_out(Unwanted::Small { len, hash, bytes });
+                    } else {
+                        self.append_small(contents, hash)?;
+                    }
                     at += len as usize;
                 }
                 self.pool.give_back(slot);
             }
+            Step::BringBack(handle) => match self.unwanted.remove(&handle) {
+                Some(Unwanted::Small { len, hash, bytes }) => {
+                    let bytes = self.ahead.bytes(bytes)?;
+                    self.append_small(&bytes[..len as usize], hash)?;
+                }
+                Some(Unwanted::Blocks(steps)) => {
+                    for step in steps {
+                        let step = self.ahead.restore(step)?;
+                        self.carry_out(step)?;
+                    }
+                }
+                None => return Err(WriteError::UnknownHandle),
+            },
             Step::Close => {
                 self.files[self.turn as usize].shrink_to_fit();
                 self.lanes.remove(&self.turn);
@@ -332,11 +398,7 @@ impl Appender {
 
     fn append_small(&mut self, contents: &[u8], hash: Hash) -> Result<(), WriteError> {
         if contents.is_empty() {
-            self.record(FileRecord {
-                size: 0,
-                start: 0,
-                place: 0,
-            });
+            self.record(FileRecord::NONE);
             return Ok(());
         }
         let place = match self.small.get(&hash) {
@@ -365,6 +427,24 @@ impl Appender {
             place,
         });
         Ok(())
+    }
+
+    /// Whether the file that comes next in the lane whose turn it is is to be put aside.
+    fn is_unwanted(&self) -> bool {
+        let next = self.files[self.turn as usize].len();
+        let first = self.lanes.get(&self.turn).and_then(|l| l.unwanted.front());
+        first.is_some_and(|&index| index as usize == next)
+    }
+
+    /// Puts the file that comes next aside, with what is known of it.
+    fn leave_out(&mut self, file: Unwanted) {
+        let index = self.files[self.turn as usize].len() as u32;
+        let lane = self.turn;
+        self.unwanted.insert(FileHandle { lane, index }, file);
+        if let Some(state) = self.lanes.get_mut(&lane) {
+            state.unwanted.pop_front();
+        }
+        self.record(FileRecord::NONE);
     }
 
     fn record(&mut self, record: FileRecord) {

@@ -13,6 +13,15 @@ pub(super) struct FileRecord {
     pub(super) place: u64,
 }
 
+impl FileRecord {
+    /// Of a file without contents.
+    pub(super) const NONE: Self = Self {
+        size: 0,
+        start: 0,
+        place: 0,
+    };
+}
+
 /// All that the tables need to know about contents.
 #[derive(Debug)]
 pub(super) struct Appended {

@@ -34,6 +34,8 @@ pub struct Lane {
     open: bool,
     /// Whether the pool has been given this lane's slots.
     joined: bool,
+    /// Whether it is known which files are wanted.
+    settled: bool,
 }
 
 /// Buffers a lane may hold while it waits for its caller; the pool has them beyond those in flight.
@@ -41,7 +43,7 @@ const SLOTS_A_LANE: usize = 2;
 
 impl Lane {
     pub(super) fn new(
-        number: u32,
+        (number, settled): (u32, bool),
         block_size: usize,
         pool: Pool,
         arrivals: Sender<Arrival>,
@@ -61,6 +63,7 @@ impl Lane {
             sent: 0,
             open: true,
             joined: false,
+            settled,
         }
     }
 
@@ -112,14 +115,7 @@ impl Lane {
 
     /// Ends the file in hand (an empty one, when nothing was written) and gives its handle.
     pub fn end_file(&mut self) -> Result<FileHandle, WriteError> {
-        let handle = FileHandle {
-            lane: self.number,
-            index: self.files,
-        };
-        self.files = self.files.checked_add(1).ok_or(WriteError::TooMany {
-            what: "files in a lane",
-            limit: u64::from(u32::MAX),
-        })?;
+        let handle = self.next_handle()?;
         let in_hand = self.in_hand();
         if self.sent == 0 {
             self.small.push(in_hand as u32);
@@ -136,6 +132,26 @@ impl Lane {
             self.sent = 0;
             self.send(Step::EndFile { size })?;
         }
+        Ok(handle)
+    }
+
+    /// Says which of the files so far are not wanted, in the order they were added. Everything else of this lane is.
+    pub fn settle(&mut self, unwanted: Vec<FileHandle>) -> Result<(), WriteError> {
+        debug_assert!(unwanted.iter().all(|handle| handle.lane == self.number));
+        self.settled = true;
+        let unwanted = unwanted.into_iter().map(|handle| handle.index).collect();
+        let lane = self.number;
+        let settled = Arrival::Settled { lane, unwanted };
+        let sent = self.arrivals.send(settled);
+        sent.map_err(|_| self.shared.failure())
+    }
+
+    /// Adds the contents of a file that an earlier lane had and that was not wanted there. To be called once a file,
+    /// with no file in hand.
+    pub fn bring_back(&mut self, unwanted: FileHandle) -> Result<FileHandle, WriteError> {
+        self.flush_small()?;
+        let handle = self.next_handle()?;
+        self.send(Step::BringBack(unwanted))?;
         Ok(handle)
     }
 
@@ -158,7 +174,24 @@ impl Lane {
         if self.joined {
             self.pool.shrink(SLOTS_A_LANE);
         }
+        if !self.settled {
+            // Given up: so is the image.
+            let _ = self.arrivals.send(Arrival::Failed(WriteError::Aborted));
+            return Err(WriteError::Aborted);
+        }
         self.send(Step::Close)
+    }
+
+    fn next_handle(&mut self) -> Result<FileHandle, WriteError> {
+        let handle = FileHandle {
+            lane: self.number,
+            index: self.files,
+        };
+        self.files = self.files.checked_add(1).ok_or(WriteError::TooMany {
+            what: "files in a lane",
+            limit: u64::from(u32::MAX),
+        })?;
+        Ok(handle)
     }
 
     /// Bytes of the file in hand that are not sent.

@@ -10,6 +10,9 @@
 //!   everything of the first, then everything of the second. Several may be filled at once by different
 //!   threads; what comes early waits, up to [`WriteOptions::ahead`] bytes in memory, then in
 //!   [`WriteOptions::spill`], and without such a file the lane's thread blocks until it is its turn.
+//! - [`ImageWriter::open_lane`] gives one whose files may turn out not to be wanted: nothing of it is
+//!   appended before [`Lane::settle`] has named those. They stay aside, and a later lane may still
+//!   [bring them back](Lane::bring_back).
 //! - [`Lane`] takes the contents of one file after another and gives a [`FileHandle`] for each. Handles
 //!   are valid whatever happens later; contents whose handle is never put into the tree are wasted bytes.
 //! - [`ImageWriter::finish`] takes the [`Tree`] and writes everything else, the first block last.
@@ -101,7 +104,7 @@ pub struct WriteOptions {
     pub ahead: u64,
     /// Where they keep the rest, and the verity leaves of a large image (1/128 of it): an unlinked file, open
     /// for reading and writing, that is never shrunk.
-    pub spill: Option<File>,
+    pub spill: Option<Arc<Spill>>,
 }
 
 impl Default for WriteOptions {
@@ -260,7 +263,6 @@ impl ImageWriter {
             .map(|_| Compressor::new(compression, level))
             .collect::<Result<Vec<_>, _>>()?;
         let shared = Arc::new(Shared::default());
-        let spill = spill.map(|file| Arc::new(Spill::new(file)));
         let leaves = verity.map(|verity| Leaves::new(verity, LEAVES_KEPT, spill.clone()));
         let mut output = Output::start(file, leaves, Arc::clone(&shared))?;
         output.append(&finish::opening(&settings))?;
@@ -318,13 +320,27 @@ impl ImageWriter {
 
     /// The next stream of contents. What it is given comes after everything of the lanes before it.
     pub fn lane(&mut self) -> Lane {
+        self.make_lane(true)
+    }
+
+    /// Like [`Self::lane`], but nothing of it is appended before it is [settled](Lane::settle).
+    pub fn open_lane(&mut self) -> Lane {
+        self.make_lane(false)
+    }
+
+    fn make_lane(&mut self, settled: bool) -> Lane {
         let lane = Lane::new(
-            self.lanes,
+            (self.lanes, settled),
             self.options.block_size as usize,
             self.pool.clone(),
             self.arrivals.clone(),
             &self.shared,
         );
+        if !settled {
+            // When nobody hears it, the image has failed, and the lane will learn that.
+            let lane = self.lanes;
+            let _ = self.arrivals.send(Arrival::Opened { lane });
+        }
         self.lanes += 1;
         lane
     }

@@ -1,9 +1,9 @@
 //! The same input gives the same bytes, whoever computes them and whenever.
 
-use std::fs::File;
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier};
 
 use berth_squashfs::compress::Compression;
+use berth_squashfs::spill::Spill;
 use berth_squashfs::write::{FileHandle, Kind, Lane, Meta, Tree, WriteOptions};
 
 use crate::oracle::{Image, Spec, Specs, image, noise, options, prose, write};
@@ -88,8 +88,8 @@ fn lanes(options: WriteOptions, count: u64, backwards: bool) -> Image {
     )
 }
 
-fn spill() -> Option<File> {
-    Some(tempfile::tempfile().unwrap())
+fn spill() -> Option<Arc<Spill>> {
+    Some(Arc::new(Spill::new(tempfile::tempfile().unwrap())))
 }
 
 #[test]
@@ -137,6 +137,78 @@ fn any_order_in_time_gives_the_same_bytes() {
         digest,
         "backwards on disk"
     );
+}
+
+/// Every third file of each lane is not wanted, and every fifteenth wanted after all; lanes know when they are made
+/// (`open` false) or when all of them are full.
+fn some_unwanted(options: WriteOptions, open: bool) -> Image {
+    let contents: Vec<_> = (0..3).map(mix).collect();
+    image(
+        options,
+        |writer| {
+            let mut lanes: Vec<_> = (0..3)
+                .map(|_| match open {
+                    true => writer.open_lane(),
+                    false => writer.lane(),
+                })
+                .collect();
+            let mut handles = vec![Vec::new(); 3];
+            let mut unwanted = vec![Vec::new(); 3];
+            for (l, lane) in lanes.iter_mut().enumerate().rev() {
+                for (i, file) in contents[l].iter().enumerate() {
+                    if i % 3 == 0 {
+                        let handle = open.then(|| lane.add_file(&file[..]).unwrap());
+                        unwanted[l].push((i, handle));
+                    } else {
+                        handles[l].push(lane.add_file(&file[..]).unwrap());
+                    }
+                }
+            }
+            for (l, mut lane) in lanes.into_iter().enumerate() {
+                if open {
+                    lane.settle(unwanted[l].iter().filter_map(|u| u.1).collect())
+                        .unwrap();
+                }
+                // Lanes may go on.
+                handles[l].push(lane.add_file(&b"the last"[..]).unwrap());
+                lane.close().unwrap();
+            }
+            let mut late = writer.lane();
+            let mut back = Vec::new();
+            for (l, files) in unwanted.iter().enumerate() {
+                for &(i, handle) in files.iter().filter(|u| u.0 % 15 == 0) {
+                    back.push(match handle {
+                        Some(handle) => late.bring_back(handle).unwrap(),
+                        None => late.add_file(&contents[l][i][..]).unwrap(),
+                    });
+                }
+            }
+            late.close().unwrap();
+            handles.push(back);
+            handles
+        },
+        names,
+    )
+}
+
+#[test]
+fn what_is_wanted_may_be_said_late() {
+    let image = some_unwanted(options(1), false);
+    image.verity();
+    let digest = image.digest();
+    for threads in [1, 2, 8] {
+        let tiny = WriteOptions {
+            ahead: 4096,
+            spill: spill(),
+            ..options(threads)
+        };
+        assert_eq!(some_unwanted(tiny, true).digest(), digest, "{threads}");
+    }
+    let roomy = WriteOptions {
+        ahead: 1 << 30,
+        ..options(2)
+    };
+    assert_eq!(some_unwanted(roomy, true).digest(), digest, "in memory");
 }
 
 #[test]
