@@ -5,8 +5,10 @@
 //! statically at the version in `Cargo.lock`).
 
 use std::fmt;
+use std::io::Read;
 
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
+use lzma_rust2::XzReader;
 
 /// How a zstd frame begins (RFC 8878, 3.1.1).
 const ZSTD_MAGIC: [u8; 4] = 0xFD2F_B528_u32.to_le_bytes();
@@ -17,11 +19,11 @@ const ZSTD_MAGIC: [u8; 4] = 0xFD2F_B528_u32.to_le_bytes();
 pub enum Compression {
     /// zlib streams.
     Gzip = 1,
-    /// Recognised, refused: obsolete.
+    /// Recognised, refused: no kernel has ever had it.
     Lzma = 2,
-    /// Recognised, refused.
+    /// Bare LZO1X blocks; only read.
     Lzo = 3,
-    /// Recognised, refused.
+    /// xz streams; only read.
     Xz = 4,
     /// Bare lz4 blocks.
     Lz4 = 5,
@@ -66,8 +68,8 @@ impl fmt::Display for Compression {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CompressError {
     /// Known to the format, not to this build.
-    #[error("the image uses {0}, which this build cannot read (it can: zstd, gzip, lz4)")]
-    Unsupported(Compression),
+    #[error("the image uses {0}, which Berth cannot {1} (it can: zstd, gzip, lz4{more})", more = if *.1 == "read" { ", xz, lzo" } else { "" })]
+    Unsupported(Compression, &'static str),
     /// A level that the compressor does not have.
     #[error("{compression} has no level {level}")]
     Level {
@@ -118,7 +120,7 @@ impl Compressor {
             Compression::Zstd => 1..=22,
             Compression::Gzip => 1..=9,
             Compression::Lz4 => 1..=1,
-            other => return Err(CompressError::Unsupported(other)),
+            other => return Err(CompressError::Unsupported(other, "write")),
         };
         if !levels.contains(&level) {
             return Err(CompressError::Level { compression, level });
@@ -191,6 +193,8 @@ enum Reverse {
     Zstd(zstd::bulk::Decompressor<'static>),
     Gzip(Decompress),
     Lz4,
+    Xz,
+    Lzo,
 }
 
 impl fmt::Debug for Decompressor {
@@ -202,7 +206,7 @@ impl fmt::Debug for Decompressor {
 }
 
 impl Decompressor {
-    /// Refuses lzma, lzo and xz by name.
+    /// Refuses lzma by name.
     pub fn new(compression: Compression) -> Result<Self, CompressError> {
         Ok(Self(match compression {
             Compression::Zstd => Reverse::Zstd(zstd::bulk::Decompressor::new().map_err(|e| {
@@ -213,7 +217,9 @@ impl Decompressor {
             })?),
             Compression::Gzip => Reverse::Gzip(Decompress::new(true)),
             Compression::Lz4 => Reverse::Lz4,
-            other => return Err(CompressError::Unsupported(other)),
+            Compression::Xz => Reverse::Xz,
+            Compression::Lzo => Reverse::Lzo,
+            other => return Err(CompressError::Unsupported(other, "read")),
         }))
     }
 
@@ -222,6 +228,8 @@ impl Decompressor {
             Reverse::Zstd(_) => Compression::Zstd,
             Reverse::Gzip(_) => Compression::Gzip,
             Reverse::Lz4 => Compression::Lz4,
+            Reverse::Xz => Compression::Xz,
+            Reverse::Lzo => Compression::Lzo,
         }
     }
 
@@ -254,8 +262,32 @@ impl Decompressor {
                 }
             }
             Reverse::Lz4 => lz4_flex::block::decompress_into(block, out).map_err(|_| corrupt),
+            Reverse::Xz => unxz(block, out).ok_or(corrupt),
+            Reverse::Lzo => lzokay::decompress::decompress(block, out).map_err(|_| corrupt),
         }
     }
+}
+
+/// Memory that one xz block may ask for, in KiB. Its dictionary is never longer than the largest block, 1 MiB, so that
+/// only a forged one wants more.
+const XZ_MEMORY_KIB: u32 = 2048;
+
+/// Decompresses one xz stream that is all of `block`; gives the length.
+fn unxz(block: &[u8], out: &mut [u8]) -> Option<usize> {
+    let mut stream = XzReader::new_mem_limit(block, false, XZ_MEMORY_KIB);
+    let mut len = 0;
+    loop {
+        // One byte more than there is room for: the stream must end, and its check sums with it.
+        let (room, over) = (&mut out[len..], &mut [0]);
+        let full = room.is_empty();
+        let got = stream.read(if full { over } else { room }).ok()?;
+        match got {
+            0 => break,
+            _ if full => return None,
+            _ => len += got,
+        }
+    }
+    stream.into_inner().is_empty().then_some(len)
 }
 
 #[cfg(test)]
@@ -339,13 +371,75 @@ mod tests {
 
     #[test]
     fn others_are_refused_by_name() {
-        let err = Decompressor::new(Compression::Xz).unwrap_err();
         assert_eq!(
-            err.to_string(),
-            "the image uses xz, which this build cannot read (it can: zstd, gzip, lz4)"
+            Decompressor::new(Compression::Lzma)
+                .unwrap_err()
+                .to_string(),
+            "the image uses lzma, which Berth cannot read (it can: zstd, gzip, lz4, xz, lzo)"
+        );
+        assert_eq!(
+            Compressor::new(Compression::Xz, 1).unwrap_err().to_string(),
+            "the image uses xz, which Berth cannot write (it can: zstd, gzip, lz4)"
         );
         assert!(Compressor::new(Compression::Lzo, 1).is_err());
         assert!(Compressor::new(Compression::Zstd, 0).is_err());
         assert!(Compressor::new(Compression::Lz4, 9).is_err());
+    }
+
+    const FOX: &[u8] = b"the quick brown fox the quick brown fox the quick brown fox\n";
+
+    /// What xz makes of [`FOX`], up to and including the block's flags, and the rest with dictionaries of 8 and 64 MiB.
+    fn xz(dictionary: u8, sum: [u8; 4]) -> Vec<u8> {
+        let hex = "fd377a585a0000016922de36020021010000000000000000e0003b001c5d003a1a08ce76c7e5e9d60734c3d10ebfce5\
+                   5e1aabde117e4b08d9640000085b6bafa0001343c5b3ac3b49042990d010000000001595a";
+        let mut bytes: Vec<u8> = (0..hex.len() / 2)
+            .map(|at| u8::from_str_radix(&hex[at * 2..at * 2 + 2], 16).unwrap())
+            .collect();
+        bytes[16] = dictionary;
+        bytes[20..24].copy_from_slice(&sum);
+        bytes
+    }
+
+    #[test]
+    fn xz_streams_are_read_whole_and_bounded() {
+        let mut d = Decompressor::new(Compression::Xz).unwrap();
+        let modest = xz(0x10, [0xa8, 0x70, 0x8e, 0x86]);
+        let mut out = [0; 100];
+        assert_eq!(d.decompress(&modest, &mut out), Ok(FOX.len()));
+        assert_eq!(&out[..FOX.len()], FOX);
+        assert!(d.decompress(&modest, &mut out[..FOX.len()]).is_ok());
+        assert!(d.decompress(&modest, &mut out[..FOX.len() - 1]).is_err());
+        let huge = xz(0x1c, [0x10, 0xcf, 0x58, 0xcc]);
+        assert!(d.decompress(&huge, &mut out).is_err(), "64 MiB for a block");
+        for len in 0..modest.len() {
+            assert!(d.decompress(&modest[..len], &mut out).is_err(), "{len}");
+        }
+        for more in [&b"x"[..], &[0; 4], &modest] {
+            let more = [modest.as_slice(), more].concat();
+            assert!(d.decompress(&more, &mut out).is_err());
+        }
+        for at in 0..modest.len() {
+            let mut damaged = modest.clone();
+            damaged[at] ^= 0x40;
+            assert!(d.decompress(&damaged, &mut out).is_err(), "{at}");
+        }
+    }
+
+    #[test]
+    fn lzo_blocks_are_read_whole_and_bounded() {
+        let mut d = Decompressor::new(Compression::Lzo).unwrap();
+        // A first byte of 17 + n is n literals; 17, 0, 0 is the end.
+        let block = [&[17 + 6][..], b"berths", &[17, 0, 0]].concat();
+        let mut out = [0; 16];
+        assert_eq!(d.decompress(&block, &mut out), Ok(6));
+        assert_eq!(&out[..6], b"berths");
+        assert!(d.decompress(&block, &mut out[..5]).is_err());
+        for len in 0..block.len() {
+            assert!(d.decompress(&block[..len], &mut out).is_err(), "{len}");
+        }
+        assert!(
+            d.decompress(&[&block[..], b"x"].concat(), &mut out)
+                .is_err()
+        );
     }
 }

@@ -14,6 +14,7 @@ mod layout;
 mod tree;
 mod xattrs;
 
+use crate::compress::Compression;
 use crate::read::{CacheSizes, ReadAt, ReadError, Reader};
 
 pub use inodes::BYTES_PER_INODE;
@@ -135,6 +136,14 @@ pub fn check<S: ReadAt>(source: S, limits: &Limits) -> Result<Summary, CheckErro
         data: 4 << 20,
     };
     let reader = Reader::open(source, caches).within(|| "superblock".into())?;
+    // The kernel's decoders of what Berth does not write need not meet it through a signed image.
+    let compression = reader.superblock().compression;
+    if matches!(compression, Compression::Lzo | Compression::Xz) {
+        return Err(CheckError::forbidden(
+            "superblock",
+            format!("compression with {compression}"),
+        ));
+    }
     let layout = layout::check(&reader, limits)?;
     let xattr_sets = xattrs::check(&reader, limits)?;
     files::check_fragments(&reader, &layout)?;
