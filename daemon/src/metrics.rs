@@ -49,6 +49,7 @@ pub struct RequestLabels {
 pub struct Metrics {
     registry: Registry,
     pub upstream_bytes: Counter,
+    pub served_bytes: Counter,
     pub conversions: Counter,
     pub pulls: Family<PullLabels, Counter>,
     pub pull_seconds: Histogram,
@@ -66,6 +67,7 @@ impl Default for Metrics {
         let mut registry = Registry::with_prefix("berth");
         let metrics = Self {
             upstream_bytes: Counter::default(),
+            served_bytes: Counter::default(),
             conversions: Counter::default(),
             pulls: Family::default(),
             pull_seconds: Histogram::new(exponential_buckets(0.1, 2.0, 14)),
@@ -84,6 +86,12 @@ impl Default for Metrics {
             "Bytes of blobs received from registries",
             bytes(),
             metrics.upstream_bytes.clone(),
+        );
+        registry.register_with_unit(
+            "served",
+            "Bytes of images sent to nodes",
+            bytes(),
+            metrics.served_bytes.clone(),
         );
         registry.register("conversions", "Images made", metrics.conversions.clone());
         registry.register(

@@ -23,7 +23,7 @@ use crate::pulls::Pulls;
 use crate::registry::Registries;
 use crate::resolve::Resolver;
 use crate::sealer::Sealer;
-use crate::serve::{self, App, SocketError};
+use crate::serve::{self, App, Serving, SocketError};
 use crate::{install_tls, notify};
 
 /// How long requests in flight may take once the daemon was told to end.
@@ -191,6 +191,10 @@ pub(crate) async fn assemble(config: Arc<Config>) -> Result<Arc<App>, StartError
         path: state_dir.clone(),
         source,
     })?;
+    let serving = Serving::open(state_dir).map_err(|source| StartError::State {
+        path: state_dir.clone(),
+        source,
+    })?;
     let resolver = Resolver::new(&config, registries, catalogue.clone());
     let sealer = Sealer::new(&config, &store.format().uuid, metrics.clone());
     let maker = Maker::new(
@@ -217,6 +221,7 @@ pub(crate) async fn assemble(config: Arc<Config>) -> Result<Arc<App>, StartError
         pulls,
         sealer,
         metrics,
+        serving,
         started_at: Timestamp::now(),
         _lock: lock,
     }))

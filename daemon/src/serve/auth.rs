@@ -1,6 +1,8 @@
 //! Who asks. On the Unix socket the kernel says so (SO_PEERCRED); on TCP munge does, by a credential that covers
-//! method, path and body and that munged takes only once. Nobody asks on behalf of somebody else.
+//! method, path and body and that munged takes only once. Nobody asks on behalf of somebody else, but for who shows a
+//! grant ([`super::grants`]): it reads one image in a user's place.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::Json;
@@ -14,7 +16,8 @@ use axum::response::{IntoResponse as _, Response};
 use axum::serve::IncomingStream;
 use berth_client::api::{ErrorAnswer, ErrorBody, ErrorKind};
 use berth_client::{Munge, request_payload};
-use tokio::net::UnixListener;
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpListener, UnixListener};
 
 use super::App;
 use super::limit::MAX_BODY;
@@ -37,6 +40,82 @@ impl Connected<IncomingStream<'_, super::limit::Limited<UnixListener>>> for Peer
     }
 }
 
+/// From where somebody asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Place {
+    /// The daemon's own machine.
+    Here,
+    Machine(IpAddr),
+}
+
+/// The other end of a TCP connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Remote(Place);
+
+impl Connected<IncomingStream<'_, super::limit::Limited<TcpListener>>> for Remote {
+    fn connect_info(stream: IncomingStream<'_, super::limit::Limited<TcpListener>>) -> Self {
+        let address: &SocketAddr = stream.remote_addr();
+        Self(Place::of(address.ip()))
+    }
+}
+
+/// Lets a request pass that shows a grant; one that shows none comes back.
+async fn by_grant(
+    app: &Arc<App>,
+    place: Place,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, (Request, Next)> {
+    let header = request.headers().get("authorization");
+    let Some(grant) = header
+        .and_then(|v| v.to_str().ok())
+        .and_then(|v| v.strip_prefix("Berth-Grant "))
+    else {
+        return Err((request, next));
+    };
+    let now = jiff::Timestamp::now();
+    match app.serving.grants.check(grant.trim(), place, now) {
+        Ok(granted) => {
+            // Whoever it was given to: what it opens is one image, not an admin's rights.
+            let caller = Caller {
+                uid: granted.uid,
+                is_admin: false,
+            };
+            request.extensions_mut().insert(caller);
+            request.extensions_mut().insert(granted);
+            Ok(next.run(request).await)
+        }
+        Err(why) => Ok(refused(&format!("the grant is not good: {why}"), None).answer()),
+    }
+}
+
+/// For what may be read with a grant, on the Unix socket.
+pub async fn by_grant_or_peer(
+    State(app): State<Arc<App>>,
+    peer: ConnectInfo<Peer>,
+    request: Request,
+    next: Next,
+) -> Response {
+    match by_grant(&app, Place::Here, request, next).await {
+        Ok(response) => response,
+        Err((request, next)) => by_peer(State(app), peer, request, next).await,
+    }
+}
+
+/// For what may be read with a grant, on TCP.
+pub async fn by_grant_or_munge(
+    State((app, munge)): State<(Arc<App>, Arc<Munge>)>,
+    remote: ConnectInfo<Remote>,
+    request: Request,
+    next: Next,
+) -> Response {
+    match by_grant(&app, remote.0.0, request, next).await {
+        Ok(response) => response,
+        Err((request, next)) => by_munge(State((app, munge)), remote, request, next).await,
+    }
+}
+
 /// For the Unix socket.
 pub async fn by_peer(
     State(app): State<Arc<App>>,
@@ -47,6 +126,7 @@ pub async fn by_peer(
     match uid {
         Some(uid) => {
             request.extensions_mut().insert(app.caller(uid));
+            request.extensions_mut().insert(Place::Here);
             next.run(request).await
         }
         None => refused("the kernel does not say who asks", None).answer(),
@@ -56,12 +136,14 @@ pub async fn by_peer(
 /// For TCP. A machine without libmunge refuses everybody there.
 pub async fn by_munge(
     State((app, munge)): State<(Arc<App>, Arc<Munge>)>,
+    ConnectInfo(Remote(place)): ConnectInfo<Remote>,
     request: Request,
     next: Next,
 ) -> Response {
     match check(&munge, request).await {
         Ok((uid, mut request)) => {
             request.extensions_mut().insert(app.caller(uid));
+            request.extensions_mut().insert(place);
             next.run(request).await
         }
         Err(e) => e.answer(),

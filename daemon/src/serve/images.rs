@@ -9,7 +9,7 @@ use berth_client::api::{ErrorAnswer, ErrorKind, Image, ImageDetail};
 use berth_image::Digest;
 
 use super::error::ApiError;
-use super::{Answer, App, Caller};
+use super::{Answer, App, Caller, traces};
 use crate::catalogue::ImageRow;
 use crate::collect;
 
@@ -66,6 +66,7 @@ pub(super) async fn remove(
     }
     for row in rows(&app, &digest).await? {
         collect::remove(&app.sealer, &app.catalogue, &row).await?;
+        traces::forget(&app, &row.manifest, &row.platform);
         tracing::info!(uid = caller.uid, digest = %row.manifest, "removed");
     }
     Ok(StatusCode::NO_CONTENT)

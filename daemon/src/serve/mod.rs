@@ -3,16 +3,23 @@
 //! `/healthz`, `/readyz`, `/metrics` and `/openapi.json` are open; everything below `/v1` knows who asks ([`auth`]).
 
 mod auth;
+mod data;
 mod error;
+mod grants;
 mod health;
+#[cfg(test)]
+mod image_tests;
 mod images;
 mod limit;
 mod pins;
 mod pulls;
+mod readers;
 mod resolve;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod traces;
+mod turns;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -39,6 +46,7 @@ use crate::resolve::Resolver;
 use crate::sealer::Sealer;
 
 pub use auth::Caller;
+pub use data::Serving;
 use error::ApiError;
 pub use socket::{SocketError, listen_unix};
 
@@ -53,6 +61,7 @@ pub struct App {
     pub pulls: Pulls,
     pub sealer: Sealer,
     pub metrics: Arc<Metrics>,
+    pub serving: Serving,
     pub started_at: Timestamp,
     /// The lock on the state folder.
     pub(crate) _lock: std::fs::File,
@@ -142,7 +151,16 @@ fn v1() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(pins::pin))
         .routes(routes!(images::list))
         .routes(routes!(images::get, images::remove))
+        .routes(routes!(grants::grant))
         .routes(routes!(health::status))
+}
+
+/// What may be read with a grant, too.
+fn granted() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(data::data))
+        .routes(routes!(data::record))
+        .routes(routes!(traces::get, traces::put))
 }
 
 fn open() -> OpenApiRouter<Arc<App>> {
@@ -157,6 +175,7 @@ fn open() -> OpenApiRouter<Arc<App>> {
 pub fn openapi() -> utoipa::openapi::OpenApi {
     OpenApiRouter::with_openapi(Description::openapi())
         .merge(v1())
+        .merge(granted())
         .merge(open())
         .into_openapi()
 }
@@ -164,20 +183,25 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// The API on the Unix socket.
 pub fn unix_router(app: Arc<App>) -> Router {
     let v1 = v1().split_for_parts().0;
-    finish(
-        app.clone(),
-        v1.layer(middleware::from_fn_with_state(app, auth::by_peer)),
-    )
+    let granted = granted().split_for_parts().0;
+    let state = app.clone();
+    let granted = granted.layer(middleware::from_fn_with_state(
+        state,
+        auth::by_grant_or_peer,
+    ));
+    let state = app.clone();
+    let v1 = v1.layer(middleware::from_fn_with_state(state, auth::by_peer));
+    finish(app, v1.merge(granted))
 }
 
 /// The API on TCP.
 pub fn tcp_router(app: Arc<App>, munge: Arc<Munge>) -> Router {
     let v1 = v1().split_for_parts().0;
+    let granted = granted().split_for_parts().0;
     let state = (app.clone(), munge);
-    finish(
-        app,
-        v1.layer(middleware::from_fn_with_state(state, auth::by_munge)),
-    )
+    let by_grant = middleware::from_fn_with_state(state.clone(), auth::by_grant_or_munge);
+    let by_munge = middleware::from_fn_with_state(state, auth::by_munge);
+    finish(app, v1.layer(by_munge).merge(granted.layer(by_grant)))
 }
 
 fn finish(app: Arc<App>, v1: Router<Arc<App>>) -> Router {
@@ -225,7 +249,7 @@ pub async fn serve_tcp(
     munge: Arc<Munge>,
     stop: tokio_util::sync::CancellationToken,
 ) -> std::io::Result<()> {
-    let service = tcp_router(app, munge).into_make_service();
+    let service = tcp_router(app, munge).into_make_service_with_connect_info::<auth::Remote>();
     axum::serve(limit::Limited::new(listener), service)
         .with_graceful_shutdown(stop.cancelled_owned())
         .await

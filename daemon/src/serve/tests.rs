@@ -22,12 +22,18 @@ fn request(name: &str) -> PullRequest {
 }
 
 /// The API for a caller with `uid`, without a socket.
-fn as_uid(app: &Arc<App>, uid: u32) -> Router {
-    let v1 = v1().split_for_parts().0;
-    finish(app.clone(), v1.layer(Extension(app.caller(uid))))
+pub(super) fn as_uid(app: &Arc<App>, uid: u32) -> Router {
+    let v1 = v1().merge(granted()).split_for_parts().0;
+    let v1 = v1.layer(Extension(app.caller(uid)));
+    finish(app.clone(), v1.layer(Extension(auth::Place::Here)))
 }
 
-async fn ask(router: &Router, method: &str, path: &str, body: &str) -> (StatusCode, Vec<u8>) {
+pub(super) async fn ask(
+    router: &Router,
+    method: &str,
+    path: &str,
+    body: &str,
+) -> (StatusCode, Vec<u8>) {
     let request = Request::builder().method(method).uri(path);
     let request = request.body(Body::from(body.to_owned())).unwrap();
     let response = router.clone().oneshot(request).await.unwrap();
