@@ -12,8 +12,9 @@ use crate::spill::Spilled;
 /// Most bytes of different xattr sets in one image: this, and so many more for each header.
 const XATTR_BYTES: usize = 32 << 20;
 const XATTR_BYTES_A_HEADER: usize = 192;
-/// Most bytes of symlink targets in one image.
-const MAX_TARGET_BYTES: usize = u32::MAX as usize;
+/// Bytes of symlink targets: this, and so many more for each header. Below 4 GiB in any case, since places are `u32`.
+const TARGET_BYTES: usize = 32 << 20;
+const TARGET_BYTES_A_HEADER: usize = 192;
 
 /// What a header does to its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,10 +120,12 @@ impl Entries {
     /// Keeps a symlink's target, which must be at most 65,535 bytes long.
     pub fn add_target(&mut self, target: &[u8]) -> Result<What, Flood> {
         let at = self.targets.len();
-        if at + target.len() > MAX_TARGET_BYTES {
+        let limit = TARGET_BYTES + TARGET_BYTES_A_HEADER * self.headers.len();
+        let limit = limit.min(u32::MAX as usize);
+        if at + target.len() > limit {
             return Err(Flood {
                 what: "symlink targets",
-                limit: MAX_TARGET_BYTES,
+                limit,
             });
         }
         self.targets.extend_from_slice(target);

@@ -10,7 +10,7 @@ mod squashfs;
 mod tar;
 
 /// Layers byte by byte, as convert's own tests write them.
-#[path = "../../../convert/tests/common/mod.rs"]
+#[path = "../../../convert/tests/layers/build.rs"]
 pub(crate) mod build;
 
 /// One thing to fuzz.

@@ -1,13 +1,9 @@
 //! Layers that nobody means well with: each ends in bounded time and memory, with an error that names it.
 
-mod common;
-#[path = "common/image.rs"]
-mod image;
-
+use crate::build::{Tar, block, checksum, gzip, head, record};
+use crate::image::{convert_blobs, convert_tars, options};
 use berth_convert::job::{Done, Failure, FailureKind, Limits};
 use berth_image::Digest;
-use common::{Tar, block, checksum, gzip, head, record};
-use image::{convert_blobs, convert_tars, options};
 
 #[track_caller]
 fn refused(layer: Vec<u8>) -> Failure {
@@ -304,10 +300,10 @@ fn bombs_and_floods() {
 fn global_headers_hold_for_all_entries_but_do_not_pile_up() {
     let global = |tar: Tar, i: usize, size: usize| {
         let value = vec![b'v'; size];
-        let records = common::record(format!("SCHILY.xattr.user.g{i}").as_bytes(), &value);
+        let records = crate::build::record(format!("SCHILY.xattr.user.g{i}").as_bytes(), &value);
         let numbers = [0, 0, 0, records.len() as u64, 0];
         let mut out = tar;
-        (out.0).extend_from_slice(&common::block(b'g', b"g", b"", numbers));
+        (out.0).extend_from_slice(&crate::build::block(b'g', b"g", b"", numbers));
         out.0.extend_from_slice(&records);
         out.0.resize(out.0.len().next_multiple_of(512), 0);
         out

@@ -1,5 +1,4 @@
 //! Conversions in this process, and their results looked at through the kernel.
-#![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -67,7 +66,7 @@ pub fn convert_blobs(
 pub fn convert_tars(layers: &[Vec<u8>], options: &Options) -> Result<(File, Done), Failure> {
     let blobs: Vec<_> = layers
         .iter()
-        .map(|l| (crate::common::gzip(l), Digest::of(l)))
+        .map(|l| (crate::build::gzip(l), Digest::of(l)))
         .collect();
     convert_blobs(&blobs, options)
 }
