@@ -4,12 +4,16 @@
 //! that user ([`opener`]); everything that could hang (the parallel filesystem, the daemon) happens in children that
 //! can be left behind.
 
+mod awaited;
+mod builder;
 mod channel;
 mod environment;
 mod finder;
+mod mounted;
 mod mounts;
 mod opener;
 mod prepared;
+mod preread;
 mod refusal;
 mod sealed;
 mod slurm;
@@ -54,17 +58,22 @@ pub fn step() -> ExitCode {
     }
 }
 
-/// `berth-runtime submit`: prints `pin REFERENCE DIGEST` when the daemon has pinned the image.
-pub fn submit(config: &Path, reference: &str) -> ExitCode {
-    match submit::run(config, reference) {
+/// `berth-runtime submit`: prints `pin REFERENCE DIGEST` when the daemon has pinned the image. `waiting` is the srun
+/// that fetches the answer later: one that is refused and still waits for nodes is ended ([`awaited`]).
+pub fn submit(config: &Path, reference: &str, waiting: Option<u32>) -> ExitCode {
+    let (code, text) = match submit::run(config, reference) {
         Ok(lines) => {
             let _ = io::stdout().write_all(lines.as_bytes());
-            ExitCode::SUCCESS
+            return ExitCode::SUCCESS;
         }
-        Err(submit::Silent::Backoff) => ExitCode::from(refusal::code::UNAVAILABLE),
-        Err(submit::Silent::Told(refusal)) => {
-            let _ = writeln!(io::stderr(), "{}", refusal.text());
-            ExitCode::from(refusal.code)
-        }
+        Err(submit::Silent::Backoff) => return ExitCode::from(refusal::code::UNAVAILABLE),
+        Err(submit::Silent::Told(refusal)) => (refusal.code, refusal.text() + "\n"),
+    };
+    let _ = io::stderr().write_all(text.as_bytes());
+    if let Some(client) = waiting
+        && submit::REFUSALS.contains(&code)
+    {
+        awaited::end_unless_heard(client, &text);
     }
+    ExitCode::from(code)
 }

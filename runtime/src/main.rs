@@ -28,6 +28,9 @@ enum Command {
         /// The site's configuration
         #[arg(long, value_name = "FILE", default_value = berth_config::DEFAULT_PATH)]
         config: PathBuf,
+        /// The srun that fetches the answer when it has nodes: its process, this one's parent
+        #[arg(long = "for", value_name = "PID", hide = true)]
+        waiting: Option<u32>,
         /// The image, as the user typed it
         reference: String,
     },
@@ -37,6 +40,10 @@ fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Step => berth_runtime::step(),
         Command::User { job } => berth_runtime::user_view::run(job),
-        Command::Submit { config, reference } => berth_runtime::submit(&config, &reference),
+        Command::Submit {
+            config,
+            waiting,
+            reference,
+        } => berth_runtime::submit(&config, &reference, waiting),
     }
 }

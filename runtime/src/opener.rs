@@ -5,6 +5,7 @@
 //! path leads nowhere that the user could not go. Each open has a deadline: a dead filesystem costs an error, not a
 //! hang. The child lives in the mount namespace that its parent had when it was started.
 
+use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -55,7 +56,7 @@ impl OpenError {
 }
 
 /// What to do with a path.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ask {
     /// An `O_PATH` descriptor.
     Place = b'p' as isize,
@@ -73,6 +74,10 @@ pub(crate) struct Opener {
     channel: Channel,
     child: Child,
     dead: bool,
+    /// Asked ahead and not answered yet, in order.
+    asked: VecDeque<(Ask, PathBuf)>,
+    /// Answers to what was asked ahead, until somebody wants them.
+    known: Vec<((Ask, PathBuf), Result<Answer, OpenError>)>,
 }
 
 impl Opener {
@@ -93,6 +98,8 @@ impl Opener {
             channel: ours,
             child,
             dead: false,
+            asked: VecDeque::new(),
+            known: Vec::new(),
         })
     }
 
@@ -101,23 +108,40 @@ impl Opener {
         self.child.end();
     }
 
+    /// Asks for places and files that will be wanted, and waits for none: the child opens them while this process does
+    /// something else.
+    pub(crate) fn foresee<'a>(
+        &mut self,
+        places: impl Iterator<Item = &'a Path>,
+        files: impl Iterator<Item = &'a Path>,
+    ) {
+        let places = places.map(|path| (Ask::Place, path));
+        for (ask, path) in places.chain(files.map(|path| (Ask::Read, path))) {
+            if self.send(ask, path, &[]).is_ok() {
+                self.asked.push_back((ask, path.to_owned()));
+            }
+        }
+    }
+
     /// Opens each path, whatever it is, for use as a place (`O_PATH`). Answers come in the order of the questions.
     pub(crate) fn places(&mut self, paths: &[&Path]) -> Vec<Result<OwnedFd, OpenError>> {
-        let sent: Vec<_> = (paths.iter())
-            .map(|p| self.send(Ask::Place, p, &[]))
-            .collect();
-        sent.into_iter()
-            .map(|sent| {
-                sent.and_then(|()| self.answer())
-                    .and_then(Answer::descriptor)
+        // First all questions, then all answers.
+        let asked: Vec<_> = (paths.iter())
+            .map(|path| match self.foreseen(Ask::Place, path) {
+                Some(answer) => Ok(Some(answer)),
+                None => self.send(Ask::Place, path, &[]).map(|()| None),
             })
-            .collect()
+            .collect();
+        let answers = asked.into_iter().map(|asked| match asked? {
+            Some(answer) => answer?.descriptor(),
+            None => self.answer()?.descriptor(),
+        });
+        answers.collect()
     }
 
     /// A folder in which the user may be.
     pub(crate) fn enter(&mut self, path: &Path) -> Result<OwnedFd, OpenError> {
-        self.send(Ask::Enter, path, &[])?;
-        self.answer()?.descriptor()
+        self.ask(Ask::Enter, path, &[])?.descriptor()
     }
 
     /// A place below `root`, whatever it is; absolute links, too, stay inside.
@@ -126,14 +150,37 @@ impl Opener {
         root: BorrowedFd<'_>,
         path: &Path,
     ) -> Result<OwnedFd, OpenError> {
-        self.send(Ask::Inside, path, &[root])?;
-        self.answer()?.descriptor()
+        self.ask(Ask::Inside, path, &[root])?.descriptor()
     }
 
     /// The content of a regular file of at most 48 KiB.
     pub(crate) fn read(&mut self, path: &Path) -> Result<Vec<u8>, OpenError> {
-        self.send(Ask::Read, path, &[])?;
-        Ok(self.answer()?.bytes)
+        let answer = match self.foreseen(Ask::Read, path) {
+            Some(answer) => answer?,
+            None => self.ask(Ask::Read, path, &[])?,
+        };
+        Ok(answer.bytes)
+    }
+
+    /// The answer to a question that was asked ahead.
+    fn foreseen(&mut self, ask: Ask, path: &Path) -> Option<Result<Answer, OpenError>> {
+        self.hear_foreseen();
+        let is_it = |((a, p), _): &((Ask, PathBuf), _)| *a == ask && p == path;
+        let index = self.known.iter().position(is_it)?;
+        Some(self.known.swap_remove(index).1)
+    }
+
+    fn hear_foreseen(&mut self) {
+        while let Some(question) = self.asked.pop_front() {
+            let answer = self.answer();
+            self.known.push((question, answer));
+        }
+    }
+
+    fn ask(&mut self, ask: Ask, path: &Path, fds: &[BorrowedFd<'_>]) -> Result<Answer, OpenError> {
+        self.hear_foreseen();
+        self.send(ask, path, fds)?;
+        self.answer()
     }
 
     fn send(&mut self, ask: Ask, path: &Path, fds: &[BorrowedFd<'_>]) -> Result<(), OpenError> {
@@ -179,6 +226,7 @@ impl Opener {
 }
 
 /// A good answer of the child's.
+#[derive(Debug)]
 struct Answer {
     bytes: Vec<u8>,
     descriptor: Option<OwnedFd>,

@@ -1,14 +1,13 @@
 //! A step that was understood: its configuration, keys, and what its views are made of.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use berth_config::Config;
-use berth_image::digest::hex;
-use berth_image::{Digest, PublicKey, Record};
-use berth_mount::{ImageFile, LoopDevice};
+use berth_image::{Digest, PublicKey};
 
 use crate::environment;
+use crate::mounted::{Image, Owner};
 use crate::mounts::{self, own_path};
 use crate::refusal::{Refusal, code};
 use crate::sealed;
@@ -29,16 +28,6 @@ pub(crate) struct Prepared {
     slurm_binds: Vec<Bind>,
     slurm_links: Vec<Link>,
     user_binds: Vec<Bind>,
-}
-
-/// The image of a step, checked and mounted.
-pub(crate) struct Image {
-    record: Record,
-    /// Variables that each task gets, `NAME=VALUE`.
-    pub(crate) environment: Vec<String>,
-    device: LoopDevice,
-    /// The first mount, made ahead of the first task.
-    spare: Option<OwnedFd>,
 }
 
 impl Prepared {
@@ -86,61 +75,38 @@ impl Prepared {
             let line = format!("the environment of `{}` is too large", wanted.name());
             Refusal::new(code::OTHER, line)
         })?;
-        let root = hex(&record.file.verity_root);
-        let file = ImageFile {
-            file: data.as_fd(),
-            data_size: record.file.hash_offset,
-            label: &format!("berth-{}", &root[..48]),
+        let owner = Owner {
+            digest,
+            platform: wanted.platform.clone(),
+            job: self.job.job,
+            uid: user.uid,
         };
-        let device = LoopDevice::attach(file, &self.config.node.run_dir).map_err(of_mount)?;
-        let spare = Some(device.mount().map_err(of_mount)?);
-        Ok(Image {
-            record,
-            environment,
-            device,
-            spare,
-        })
+        Image::mount(record, environment, data, &owner, &self.config)
     }
 
-    /// The view for tasks whose directory is `cwd`.
-    pub(crate) fn view(
-        &self,
-        account: &Account,
-        image: &Image,
-        cwd: &Path,
-    ) -> Result<ViewSpec, Refusal> {
-        let node = &self.config.node;
+    /// What is bound for tasks whose directory is `cwd`, in order.
+    pub(crate) fn binds(&self, home: &Path, cwd: &Path) -> Vec<Bind> {
         let (slurm, users) = (&self.slurm_binds, &self.user_binds);
-        let mut binds = mounts::of_view(node, slurm, &account.home, cwd, users);
+        let mut binds = mounts::of_view(&self.config.node, slurm, home, cwd, users);
         let scripts = self.job.script.iter().map(|s| ("the batch script", s));
         let prologs = self.job.prologs.iter().map(|p| ("Slurm's script", p));
         for (what, path) in scripts.chain(prologs) {
             binds.push(own_path(what, path, Kind::Ordinary, IfAbsent::Fail));
         }
-        Ok(ViewSpec {
+        binds
+    }
+
+    /// The view for tasks whose directory is `cwd`, but for what the image says.
+    pub(crate) fn view(&self, account: &Account, cwd: &Path) -> ViewSpec {
+        ViewSpec {
             user: self.job.user.clone(),
             account: account.clone(),
-            binds,
+            binds: self.binds(&account.home, cwd),
             links: self.slurm_links.clone(),
-            writable_bytes: self.job.writable.then_some(node.writable_bytes),
+            writable_bytes: (self.job.writable).then_some(self.config.node.writable_bytes),
             workdir: self.job.workdir.clone(),
             job_cwd: cwd.to_owned(),
-            image_cwd: image.record.run.working_dir.as_ref().map(PathBuf::from),
-        })
-    }
-}
-
-impl Image {
-    /// A mount of the image, attached nowhere.
-    pub(crate) fn take_mount(&mut self) -> Result<OwnedFd, Refusal> {
-        match self.spare.take() {
-            Some(mount) => Ok(mount),
-            None => self.device.mount().map_err(of_mount),
+            image_cwd: None,
         }
     }
-}
-
-fn of_mount(error: berth_mount::MountError) -> Refusal {
-    Refusal::new(code::INTERNAL, format!("cannot mount the image: {error}"))
-        .hint("this is the node's fault: tell its admins, `berth doctor` may know more")
 }

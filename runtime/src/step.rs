@@ -5,7 +5,7 @@
 //! children by their parent's death, namespaces and loop devices with the last descriptor.
 
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -13,19 +13,17 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, fstat, open};
 use rustix::io::Errno;
 
+use crate::builder::{Builder, Built};
 use crate::channel::{Channel, Packet};
 use crate::finder::{self, Search, tag};
-use crate::prepared::{Image, Prepared};
+use crate::mounted::Image;
+use crate::prepared::Prepared;
+use crate::preread;
 use crate::refusal::{Refusal, code};
 use crate::sys::{self, Child};
-use crate::user::Account;
-use crate::view::{self, ViewSpec};
 use crate::wire::{Assembler, Body, Fields, Job};
 
-/// How long the building of a view may take. Opening users' paths has shorter limits of its own.
-const BUILDING: Duration = Duration::from_secs(60);
-
-/// A child and the way to it.
+/// The child that looks for the image, and the way to it.
 struct Running {
     channel: Channel,
     assembler: Assembler,
@@ -48,10 +46,18 @@ struct Place {
     cwd: PathBuf,
 }
 
-/// What became of one place.
+/// The view for one place.
+struct PlaceView {
+    place: Place,
+    /// The tasks' own.
+    namespace: OwnedFd,
+    state: ViewState,
+}
+
+/// What became of it.
 enum ViewState {
-    Asked(OwnedFd),
-    Building(Running),
+    Asked,
+    Building(Builder),
     Ready { namespace: OwnedFd, cwd: PathBuf },
     Failed(Refusal),
 }
@@ -68,11 +74,16 @@ struct Step {
     parent: Channel,
     job: Assembler,
     prepared: Option<Box<Prepared>>,
-    account: Option<Account>,
+    /// The user's account, as the finder's message has it.
+    account: Option<Vec<u8>>,
     image: ImageState,
-    views: Vec<(Place, ViewState)>,
+    views: Vec<PlaceView>,
     tasks: Vec<Task>,
     progress: Option<Vec<u8>>,
+    /// A mount of the image that nobody has read from yet.
+    cold: Option<OwnedFd>,
+    /// Reads from it for the tasks that are about to start.
+    reader: Option<Child>,
     /// A refusal's text goes to one task of the node; the others end without a word.
     told: bool,
     started: Instant,
@@ -89,6 +100,8 @@ pub(crate) fn run(parent: Channel) -> io::Result<()> {
         views: Vec::new(),
         tasks: Vec::new(),
         progress: None,
+        cold: None,
+        reader: None,
         told: false,
         started: Instant::now(),
     };
@@ -112,6 +125,7 @@ impl Step {
         self.end_what_is_late();
         self.build_views();
         self.answer_tasks();
+        self.read_ahead();
         Ok(true)
     }
 
@@ -123,18 +137,19 @@ impl Step {
             ImageState::Searching(running) => Some(running),
             _ => None,
         };
-        let building: Vec<(usize, &Running)> = (self.views.iter().enumerate())
-            .filter_map(|(index, (_, state))| match state {
-                ViewState::Building(running) => Some((index, running)),
+        let building: Vec<(usize, &Builder)> = (self.views.iter().enumerate())
+            .filter_map(|(index, view)| match &view.state {
+                ViewState::Building(builder) => Some((index, builder)),
                 _ => None,
             })
             .collect();
-        for running in searching
-            .into_iter()
-            .chain(building.iter().map(|(_, r)| *r))
-        {
-            fds.push(PollFd::new(&running.channel, PollFlags::IN));
-            deadline = Some(deadline.map_or(running.deadline, |d| d.min(running.deadline)));
+        let of_search = searching.map(|r| (r.channel.as_fd(), Some(r.deadline)));
+        let of_views = building.iter().map(|(_, b)| (b.as_fd(), b.deadline()));
+        let children: Vec<(BorrowedFd<'_>, Option<Instant>)> =
+            of_search.into_iter().chain(of_views).collect();
+        for (fd, limit) in &children {
+            fds.push(PollFd::from_borrowed_fd(*fd, PollFlags::IN));
+            deadline = deadline.into_iter().chain(*limit).min();
         }
         let timeout = deadline.map(|d| d.saturating_duration_since(Instant::now()));
         let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
@@ -177,6 +192,7 @@ impl Step {
             Ok((prepared, running)) => {
                 self.prepared = Some(Box::new(prepared));
                 self.image = ImageState::Searching(running);
+                self.foresee();
             }
             Err(refusal) => self.fail(refusal),
         }
@@ -194,9 +210,13 @@ impl Step {
             inode: stat.st_ino,
             cwd: fields.path("cwd").unwrap_or_default(),
         };
-        let known = self.views.iter().position(|(p, _)| *p == place);
+        let known = self.views.iter().position(|view| view.place == place);
         let view = known.unwrap_or_else(|| {
-            self.views.push((place, ViewState::Asked(namespace)));
+            self.views.push(PlaceView {
+                place,
+                namespace,
+                state: ViewState::Asked,
+            });
             self.views.len() - 1
         });
         if let Some(progress) = &self.progress {
@@ -237,7 +257,7 @@ impl Step {
             Err(error) => return self.fail(foul(&error)),
         };
         match upper {
-            tag::ACCOUNT => self.account = Some(account(&body)),
+            tag::ACCOUNT => self.account = Some(body),
             tag::FOUND => self.found(&body, packet.descriptors),
             _ => self.fail(Refusal::from_body(&body)),
         }
@@ -248,17 +268,14 @@ impl Step {
             return self.fail(ended("the process that looks for the image"));
         };
         match prepared.mount(Fields(body), data) {
-            Ok(image) => {
-                self.image = ImageState::Ready(Box::new(image));
-                self.foresee();
-            }
+            Ok(image) => self.image = ImageState::Ready(Box::new(image)),
             Err(refusal) => self.fail(refusal),
         }
     }
 
     /// Most tasks come from the mount namespace of slurmstepd, which is also this process's, and start in the folder
-    /// that the job's environment names: their view is begun before the first of them asks. A task that comes from
-    /// elsewhere gets a view of its own.
+    /// that the job's environment names: their view is begun before the image is found and the first of them asks. A
+    /// task that comes from elsewhere gets a view of its own.
     fn foresee(&mut self) {
         let cwd = self.prepared.as_ref().and_then(|p| p.job.cwd.clone());
         let Some(cwd) = cwd.filter(|_| self.views.is_empty()) else {
@@ -274,48 +291,64 @@ impl Step {
                 inode: stat.st_ino,
                 cwd,
             };
-            self.views.push((place, ViewState::Asked(namespace)));
+            self.views.push(PlaceView {
+                place,
+                namespace,
+                state: ViewState::Asked,
+            });
         }
     }
 
+    /// Has a builder for every view, and tells each what is known so far.
     fn build_views(&mut self) {
-        let (ImageState::Ready(image), Some(prepared), Some(account)) =
-            (&mut self.image, &self.prepared, &self.account)
-        else {
+        let Some(prepared) = &self.prepared else {
             return;
         };
-        for (place, state) in &mut self.views {
-            let ViewState::Asked(namespace) = state else {
+        for view in &mut self.views {
+            // What was opened long before the image came may have changed since.
+            let stale = |b: &Builder| !b.has_image() && !b.is_fresh();
+            if matches!(&view.state, ViewState::Building(b) if stale(b)) {
+                view.state = ViewState::Asked;
+            }
+            if matches!(view.state, ViewState::Asked) {
+                let namespace = view.namespace.as_fd();
+                view.state = match Builder::start(prepared, namespace, &view.place.cwd) {
+                    Ok(builder) => ViewState::Building(builder),
+                    Err(refusal) => ViewState::Failed(refusal),
+                };
+            }
+            let ViewState::Building(builder) = &mut view.state else {
                 continue;
             };
-            let spec = prepared.view(account, image, &place.cwd);
-            let built = spec.and_then(|spec| build(&spec, namespace, image));
-            *state = match built {
-                Ok(running) => ViewState::Building(running),
-                Err(refusal) => ViewState::Failed(refusal),
+            let Some(account) = &self.account else {
+                continue;
             };
+            builder.tell(account);
+            if let ImageState::Ready(image) = &mut self.image
+                && !builder.has_image()
+            {
+                match image.take_mount(&prepared.config) {
+                    Ok(mount) => {
+                        builder.give(mount.as_fd(), image.record.run.working_dir.as_deref());
+                        if self.reader.is_none() && !image.is_warm() {
+                            self.cold = Some(mount);
+                        }
+                    }
+                    Err(refusal) => view.state = ViewState::Failed(refusal),
+                }
+            }
         }
     }
 
     fn hear_builder(&mut self, index: usize) {
-        let (_, state) = &mut self.views[index];
-        let ViewState::Building(running) = state else {
+        let state = &mut self.views[index].state;
+        let ViewState::Building(builder) = state else {
             return;
         };
-        let gone = || ViewState::Failed(ended("the process that builds the view"));
-        let packet = match running.channel.receive() {
-            Ok(Some(packet)) => packet,
-            Ok(None) | Err(_) => {
-                *state = gone();
-                return;
-            }
-        };
-        let body = packet.bytes.get(1..).unwrap_or_default();
-        let namespace = packet.descriptors.into_iter().next();
-        *state = match (packet.bytes.first(), namespace, Fields(body).path("cwd")) {
-            (Some(b'R'), Some(namespace), Some(cwd)) => ViewState::Ready { namespace, cwd },
-            (Some(b'E'), ..) => ViewState::Failed(Refusal::from_body(body)),
-            _ => gone(),
+        *state = match builder.hear() {
+            Built::View { namespace, cwd } => ViewState::Ready { namespace, cwd },
+            Built::Refused(refusal) => ViewState::Failed(refusal),
+            Built::Gone => ViewState::Failed(ended("the process that builds the view")),
         };
     }
 
@@ -328,10 +361,11 @@ impl Step {
                     .hint("`berth pulls` shows how it stands; submit again when it is there"),
             );
         }
-        for (_, state) in &mut self.views {
-            if matches!(state, ViewState::Building(r) if now >= r.deadline) {
+        for view in &mut self.views {
+            let late = |b: &Builder| b.deadline().is_some_and(|deadline| now >= deadline);
+            if matches!(&view.state, ViewState::Building(b) if late(b)) {
                 let line = "the container was not ready in time: a filesystem does not answer";
-                *state = ViewState::Failed(Refusal::new(code::UNAVAILABLE, line));
+                view.state = ViewState::Failed(Refusal::new(code::UNAVAILABLE, line));
             }
         }
     }
@@ -340,7 +374,7 @@ impl Step {
     fn answer_tasks(&mut self) {
         let tasks = std::mem::take(&mut self.tasks);
         for task in tasks {
-            let refusal = match (&self.image, &self.views[task.view].1) {
+            let refusal = match (&self.image, &self.views[task.view].state) {
                 (ImageState::Failed(refusal), _) | (_, ViewState::Failed(refusal)) => refusal,
                 (ImageState::Ready(image), ViewState::Ready { namespace, cwd }) => {
                     let mut body = Body::default().path("cwd", cwd);
@@ -348,7 +382,8 @@ impl Step {
                         body = body.field("env", variable.as_bytes());
                     }
                     let sent = body.send(&task.channel, b'R', &[namespace.as_fd()]);
-                    self.log(&task, if sent.is_ok() { "ready" } else { "gone" });
+                    let outcome = if sent.is_ok() { "ready" } else { "gone" };
+                    self.log(&task, &format!("{outcome} mount={:?}", image.how()));
                     continue;
                 }
                 _ => {
@@ -368,6 +403,21 @@ impl Step {
             if body.send(&task.channel, b'E', &[]).is_ok() {
                 self.told = true;
             }
+        }
+    }
+
+    /// Once a view is ready, the processors are free for what comes next: the tasks' own start.
+    fn read_ahead(&mut self) {
+        let (ImageState::Ready(image), Some(prepared)) = (&self.image, &self.prepared) else {
+            return;
+        };
+        let is_ready = |view: &PlaceView| matches!(view.state, ViewState::Ready { .. });
+        if self.cold.is_none() || !self.views.iter().any(is_ready) {
+            return;
+        }
+        if let (Some(mount), Some(command)) = (self.cold.take(), &prepared.job.command) {
+            let (user, environment) = (&prepared.job.user, &image.environment);
+            self.reader = preread::start(user, mount.as_fd(), command, environment).ok();
         }
     }
 
@@ -404,54 +454,6 @@ fn search(prepared: &Prepared) -> Result<Running, Refusal> {
         _child: child,
         deadline: Instant::now() + Duration::from_secs(prepared.config.node.wait_s),
     })
-}
-
-fn build(spec: &ViewSpec, namespace: &OwnedFd, image: &mut Image) -> Result<Running, Refusal> {
-    let failed =
-        |e: io::Error| Refusal::new(code::INTERNAL, format!("cannot start a process: {e}"));
-    let mount = image.take_mount()?;
-    let (ours, theirs) = Channel::pair().map_err(failed)?;
-    let child = sys::fork(move || {
-        sys::die_with_parent();
-        let sent = match view::build(spec, namespace.as_fd(), mount) {
-            Ok(view) => Body::default().path("cwd", &view.cwd).send_wait(
-                &theirs,
-                b'R',
-                &[view.namespace.as_fd()],
-            ),
-            Err(error) => Refusal::from(error).body().send_wait(&theirs, b'E', &[]),
-        };
-        i32::from(sent.is_err())
-    })
-    .map_err(failed)?;
-    Ok(Running {
-        channel: ours,
-        assembler: Assembler::default(),
-        _child: child,
-        deadline: Instant::now() + BUILDING,
-    })
-}
-
-fn account(body: &[u8]) -> Account {
-    let fields = Fields(body);
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let groups = fields.all("group").filter_map(|g| {
-        let g = text(g);
-        let (gid, name) = g.split_once(':')?;
-        Some((gid.parse().ok()?, name.to_owned()))
-    });
-    let others = fields.all("other").filter_map(|o| {
-        let o = text(o);
-        let mut parts = o.splitn(3, ':');
-        let (uid, gid) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
-        Some((parts.next()?.to_owned(), uid, gid))
-    });
-    Account {
-        name: text(fields.get("name").unwrap_or_default()),
-        home: fields.path("home").unwrap_or_else(|| PathBuf::from("/")),
-        groups: groups.collect(),
-        others: others.collect(),
-    }
 }
 
 fn foul(error: &crate::wire::WireError) -> Refusal {

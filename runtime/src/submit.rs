@@ -20,6 +20,9 @@ use crate::wanted::Wanted;
 /// How long nobody is asked after a failure.
 const BACKOFF: Duration = Duration::from_secs(60);
 
+/// Exit codes that end a submission: malformed, bad data, not permitted. The plugin knows the same ones.
+pub(crate) const REFUSALS: [u8; 3] = [code::USAGE, 65, code::PERMISSION];
+
 /// Why there is no pin.
 pub(crate) enum Silent {
     /// The daemon failed a moment ago; that was said then.

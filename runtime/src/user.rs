@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use rustix::process::{DumpableBehavior, Gid, Signal, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
+use crate::wire::Fields;
+
 /// Numbers a process runs under.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
@@ -24,6 +26,31 @@ pub struct Account {
     pub groups: Vec<(u32, String)>,
     /// Other users that programs in the container look up by name: Slurm's.
     pub others: Vec<(String, u32, u32)>,
+}
+
+impl Account {
+    /// From the fields of a message: `name`, `home`, `group=GID:NAME`, `other=UID:GID:NAME`.
+    pub(crate) fn read(body: &[u8]) -> Account {
+        let fields = Fields(body);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let groups = fields.all("group").filter_map(|g| {
+            let g = text(g);
+            let (gid, name) = g.split_once(':')?;
+            Some((gid.parse().ok()?, name.to_owned()))
+        });
+        let others = fields.all("other").filter_map(|o| {
+            let o = text(o);
+            let mut parts = o.splitn(3, ':');
+            let (uid, gid) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+            Some((parts.next()?.to_owned(), uid, gid))
+        });
+        Account {
+            name: text(fields.get("name").unwrap_or_default()),
+            home: fields.path("home").unwrap_or_else(|| PathBuf::from("/")),
+            groups: groups.collect(),
+            others: others.collect(),
+        }
+    }
 }
 
 /// Lets go of the groups that slurmstepd has, which are the user's: what is made here belongs to root.

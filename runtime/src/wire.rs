@@ -97,9 +97,13 @@ pub(crate) struct Job {
     pub(crate) mounts: Vec<OsString>,
     pub(crate) workdir: Option<PathBuf>,
     pub(crate) writable: bool,
+    /// The user's folder, as the job's environment has it: a guess, the user's to make.
+    pub(crate) home: Option<PathBuf>,
     /// Where the tasks will be, as the job's environment has it: a guess, the user's to make.
     pub(crate) cwd: Option<PathBuf>,
     pub(crate) script: Option<PathBuf>,
+    /// The first word of the step's command: a hint.
+    pub(crate) command: Option<PathBuf>,
     pub(crate) prologs: Vec<PathBuf>,
 }
 
@@ -139,8 +143,10 @@ impl Job {
                 .collect(),
             workdir: fields.path("workdir"),
             writable: fields.get("writable") == Some(b"1"),
+            home: fields.path("home").filter(|home| home.is_absolute()),
             cwd: fields.path("cwd"),
             script: fields.path("script"),
+            command: fields.path("command"),
             prologs: fields
                 .all("prolog")
                 .filter(|p| !p.is_empty())
@@ -155,6 +161,11 @@ impl Job {
 pub(crate) struct Body(Vec<u8>);
 
 impl Body {
+    /// A body that came in, to be passed on.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Body {
+        Body(bytes.to_vec())
+    }
+
     pub(crate) fn field(mut self, key: &str, value: &[u8]) -> Body {
         if !self.0.is_empty() {
             self.0.push(0);

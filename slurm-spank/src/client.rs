@@ -2,6 +2,9 @@
 //!
 //! Invariant: a client never waits longer than [`LIMIT`], and never lets a job through that was definitely refused.
 //! Whatever goes wrong here otherwise costs a warning: the node decides.
+//!
+//! sbatch and salloc wait for the daemon's answer before they submit. srun asks before it submits and fetches the answer
+//! just before it launches its tasks, so that the asking costs no time where nodes are free.
 #![allow(unsafe_code, reason = "pipes, kill and waitpid")]
 
 use crate::ffi::{self, Context, Spank, errno_text};
@@ -36,6 +39,9 @@ static EARLIER: Mutex<Earlier> = Mutex::new(Earlier {
     calls: 0,
     contained: false,
 });
+
+/// What srun asked for and has not fetched yet.
+static PENDING: Mutex<Option<Asking>> = Mutex::new(None);
 
 /// Before the command line is read.
 pub fn init(spank: Spank, settings: &Settings, context: Context) {
@@ -79,7 +85,18 @@ pub fn init_post_opt(settings: &Settings, context: Context) {
             warn(format!("plugstack.conf: '{unknown}' is not understood").as_bytes());
         }
     }
-    carry_out(settings, &plan);
+    carry_out(settings, &plan, context);
+}
+
+/// srun, when nodes and step are there and nothing is launched yet: fetch what `init_post_opt` asked for.
+pub fn local_user_init() {
+    let asking = PENDING
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    if let Some(asking) = asking {
+        pass_on(asking.finish());
+    }
 }
 
 /// srun outside of a job makes one; inside it makes a step.
@@ -101,12 +118,23 @@ fn refuse_heterogeneous(contained: bool) {
     earlier.contained |= contained;
 }
 
-fn carry_out(settings: &Settings, plan: &ClientPlan) {
+fn carry_out(settings: &Settings, plan: &ClientPlan, context: Context) {
     for (name, value) in &plan.set {
         set(name, value);
     }
     let Some(reference) = &plan.ask else { return };
-    match ask(settings, reference) {
+    match Asking::start(settings, reference, context == Context::Local) {
+        Ok(asking) if context == Context::Local => {
+            *PENDING.lock().unwrap_or_else(PoisonError::into_inner) = Some(asking);
+        }
+        Ok(asking) => pass_on(asking.finish()),
+        Err(trouble) => pass_on(Err(trouble)),
+    }
+}
+
+/// Lets the job know the pins, or ends the submission that was refused.
+fn pass_on(answer: Result<Pins, Trouble>) {
+    match answer {
         Ok(pins) => {
             let mut list = ffi::own_env(names::JOB_PINS).unwrap_or_default();
             for (name, digest) in &pins {
@@ -133,47 +161,86 @@ enum Trouble {
 
 type Pins = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// Runs `berth-runtime submit` and reads its answer.
-fn ask(settings: &Settings, reference: &[u8]) -> Result<Pins, Trouble> {
-    let deadline = Instant::now() + LIMIT;
-    let trouble = |what: &str| {
-        Trouble::Unsure(format!("the image service was not asked: {what}").into_bytes())
-    };
-    let (out, out_end) = pipe().ok_or_else(|| trouble("no pipe"))?;
-    let (err, err_end) = pipe().ok_or_else(|| trouble("no pipe"))?;
-    let words = [
-        "submit".as_bytes(),
-        b"--config",
-        settings.config.as_bytes(),
-        reference,
-    ];
-    let program = Program {
-        path: ffi::c_string(settings.runtime.as_bytes()).ok_or_else(|| trouble("bad path"))?,
-        arguments: words
-            .iter()
-            .filter_map(|word| ffi::c_string(word))
-            .collect(),
-        env: helper_environment(&[c"HOME", c"USER", c"SLURM_CONF", c"XDG_RUNTIME_DIR"]),
-        fds: [None, Some(out_end.as_fd()), Some(err_end.as_fd()), None],
-        detached: false,
-        on_failure: (
-            2,
-            format!("cannot run '{}': ", settings.runtime).into_bytes(),
-        ),
-    };
-    let pid = program
-        .start()
-        .map_err(|number| trouble(errno_text(number)))?;
-    drop(program);
-    drop((out_end, err_end));
-    let finished = read_both(&out, &err, deadline);
-    let status = reap(pid, finished.is_some());
-    let Some((out, err)) = finished else {
-        return Err(trouble(
-            "no answer within 2 s; the job is submitted all the same",
-        ));
-    };
-    judge(status, &out, &err)
+fn trouble(what: &str) -> Trouble {
+    Trouble::Unsure(format!("the image service was not asked: {what}").into_bytes())
+}
+
+/// A running `berth-runtime submit`.
+#[derive(Debug)]
+struct Asking {
+    pid: libc::pid_t,
+    out: OwnedFd,
+    err: OwnedFd,
+    /// Where the helper hears that its answer was fetched. One that was refused and hears nothing for a while ends srun,
+    /// which would else wait for nodes for a job that cannot be.
+    fetched: Option<OwnedFd>,
+    deadline: Instant,
+}
+
+impl Asking {
+    /// Starts the helper. With `later` set the answer is fetched only when there are nodes.
+    fn start(settings: &Settings, reference: &[u8], later: bool) -> Result<Self, Trouble> {
+        let deadline = Instant::now() + LIMIT;
+        let (out, out_end) = pipe().ok_or_else(|| trouble("no pipe"))?;
+        let (err, err_end) = pipe().ok_or_else(|| trouble("no pipe"))?;
+        let (fetched_end, fetched) = sockets::pair().map_err(|n| trouble(errno_text(n)))?;
+        let own_pid = std::process::id().to_string();
+        let mut words = vec![
+            b"submit".as_slice(),
+            b"--config",
+            settings.config.as_bytes(),
+        ];
+        if later {
+            words.extend([b"--for".as_slice(), own_pid.as_bytes()]);
+        }
+        words.push(reference);
+        let stderr = std::io::stderr();
+        let program = Program {
+            path: ffi::c_string(settings.runtime.as_bytes()).ok_or_else(|| trouble("bad path"))?,
+            arguments: words
+                .iter()
+                .filter_map(|word| ffi::c_string(word))
+                .collect(),
+            env: helper_environment(&[c"HOME", c"USER", c"SLURM_CONF", c"XDG_RUNTIME_DIR"]),
+            fds: [
+                later.then(|| fetched_end.as_fd()),
+                Some(out_end.as_fd()),
+                Some(err_end.as_fd()),
+                later.then(|| stderr.as_fd()),
+            ],
+            detached: false,
+            on_failure: (
+                2,
+                format!("cannot run '{}': ", settings.runtime).into_bytes(),
+            ),
+        };
+        let pid = program
+            .start()
+            .map_err(|number| trouble(errno_text(number)))?;
+        Ok(Self {
+            pid,
+            out,
+            err,
+            fetched: later.then_some(fetched),
+            deadline,
+        })
+    }
+
+    /// Reads the answer, which is there already if the time is over.
+    fn finish(self) -> Result<Pins, Trouble> {
+        let finished = read_both(&self.out, &self.err, self.deadline);
+        if let Some(fetched) = &self.fetched {
+            // A helper that had nothing to wait for has gone already.
+            let _ = sockets::try_send(fetched.as_fd(), b"k", &[]);
+        }
+        let status = reap(self.pid, finished.is_some());
+        let Some((out, err)) = finished else {
+            return Err(trouble(
+                "no answer within 2 s; the job is submitted all the same",
+            ));
+        };
+        judge(status, &out, &err)
+    }
 }
 
 /// What the helper's end and words mean.

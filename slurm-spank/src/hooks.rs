@@ -60,6 +60,16 @@ pub extern "C" fn slurm_spank_init_post_opt(
     ffi::guarded(body, node::poison)
 }
 
+/// In srun, when the step is there and before its tasks are launched.
+#[unsafe(no_mangle)]
+pub extern "C" fn slurm_spank_local_user_init(
+    _: spank_t,
+    _: c_int,
+    _: *const *const c_char,
+) -> c_int {
+    ffi::guarded(client::local_user_init, || {})
+}
+
 /// In each task, as root.
 #[unsafe(no_mangle)]
 pub extern "C" fn slurm_spank_task_init_privileged(

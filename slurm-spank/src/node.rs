@@ -194,10 +194,10 @@ fn describe(spank: Spank, settings: &Settings, wish: &Wish) -> Option<Body> {
     let env = |name: &CStr| spank.env(name).ok().flatten().unwrap_or_default();
     let groups: Vec<String> = spank.groups()?.iter().map(u32::to_string).collect();
     let slurm_conf = ffi::own_env(c"SLURM_CONF").unwrap_or_else(|| SLURM_CONF.to_vec());
-    let script = if step == BATCH_STEP {
-        spank.command()?
+    let (script, command) = if step == BATCH_STEP {
+        (spank.command()?, Vec::new())
     } else {
-        Vec::new()
+        (Vec::new(), spank.command().unwrap_or_default())
     };
     let mut body = Body::default();
     body.field("config", settings.config.as_bytes())
@@ -216,7 +216,8 @@ fn describe(spank: Spank, settings: &Settings, wish: &Wish) -> Option<Body> {
         .field("workdir", &wish.workdir)
         .field("writable", if wish.writable { b"1" } else { b"0" })
         .field("cwd", &env(c"PWD"))
-        .field("script", &script);
+        .field("script", &script)
+        .field("command", &command);
     for mount in &wish.mounts {
         body.field("mount", mount);
     }

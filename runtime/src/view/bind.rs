@@ -100,27 +100,23 @@ pub(super) fn open_sources<'a>(
     Ok(opened)
 }
 
-/// Clones each source's mounts, detached. Before anything is attached: a clone of `/` must not hold our own mounts.
-pub(super) fn clone_trees(binds: &[(OpenBind<'_>, Spot)]) -> Result<Vec<OwnedFd>, ViewError> {
+/// A clone of the source's mounts, detached. Before anything is attached: a clone of `/` must not hold our own mounts.
+pub(super) fn clone_tree(open: &OpenBind<'_>) -> Result<OwnedFd, ViewError> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH
         | OpenTreeFlags::AT_RECURSIVE;
-    let mut trees = Vec::with_capacity(binds.len());
-    for (open, _) in binds {
-        let tree = open_tree(&open.source, c"", flags).map_err(at("clone", &open.bind.source))?;
-        let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID;
-        if open.bind.kind != Kind::Devices {
-            attributes |= MountAttrFlags::MOUNT_ATTR_NODEV;
-        }
-        if open.bind.read_only {
-            attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
-        }
-        mount_set_attributes(tree.as_fd(), attributes.bits().into())
-            .map_err(at("restrict", &open.bind.source))?;
-        trees.push(tree);
+    let tree = open_tree(&open.source, c"", flags).map_err(at("clone", &open.bind.source))?;
+    let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID;
+    if open.bind.kind != Kind::Devices {
+        attributes |= MountAttrFlags::MOUNT_ATTR_NODEV;
     }
-    Ok(trees)
+    if open.bind.read_only {
+        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+    }
+    mount_set_attributes(tree.as_fd(), attributes.bits().into())
+        .map_err(at("restrict", &open.bind.source))?;
+    Ok(tree)
 }
 
 /// Puts a tree where it belongs below `root`. A mount point in what an earlier bind shows is a place in somebody's real
@@ -130,7 +126,7 @@ pub(super) fn attach(
     opener: &mut Opener,
     open: &OpenBind<'_>,
     spot: &Spot,
-    tree: OwnedFd,
+    tree: BorrowedFd<'_>,
 ) -> Result<(), ViewError> {
     let bind = open.bind;
     let target = match spot {
@@ -172,7 +168,7 @@ pub(super) fn attach(
         });
     }
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    move_mount(&tree, c"", &target, c"", flags).map_err(at("mount at", &bind.target))
+    move_mount(tree, c"", &target, c"", flags).map_err(at("mount at", &bind.target))
 }
 
 fn is_read_only(place: &OwnedFd) -> bool {

@@ -17,6 +17,9 @@ use crate::opener::Opener;
 /// Largest account file of an image that is kept; one beyond it is replaced by ours alone.
 const LARGEST: u64 = 4 << 20;
 
+/// Files that the view has from the node.
+pub(super) const OF_THE_NODE: [&str; 2] = ["/etc/hosts", "/etc/resolv.conf"];
+
 /// A file of the view's own.
 pub(super) struct GeneratedFile {
     /// Without links, relative to the root.
@@ -44,9 +47,9 @@ pub(super) fn files(
     };
     add("passwd", passwd(spec, image, &etc));
     add("group", group(spec, image, &etc));
-    for name in ["hosts", "resolv.conf"] {
-        if let Ok(content) = opener.read(&Path::new("/etc").join(name)) {
-            add(name, content);
+    for path in OF_THE_NODE {
+        if let Ok(content) = opener.read(Path::new(path)) {
+            add(path.trim_start_matches("/etc/"), content);
         }
     }
     let mut hostname = rustix::system::uname().nodename().to_bytes().to_vec();

@@ -1,8 +1,8 @@
 //! A job's view of an image: a mount namespace made from the task's own, whose root is the image.
 //!
-//! The order of the steps is the safety: everything of the user's is opened (by the opener child) before anything is
-//! mounted; where each thing goes is decided on the image alone; only then is the new root put together, entered, and
-//! the node's root let go. Mount points are resolved inside the new root, by descriptor. Must run in a process of its
+//! The order of the steps is the safety: everything of the user's is opened (by the opener child) and cloned before
+//! anything is mounted ([`Laid`], which needs no image yet); where each thing goes is decided on the image alone; only
+//! then is the new root put together, entered, and the node's root let go. Mount points are resolved inside the new root, by descriptor. Must run in a process of its
 //! own with one thread: it leaves its namespace for good.
 
 mod assemble;
@@ -24,6 +24,7 @@ use crate::user::{Account, User};
 use assemble::Stage;
 use bind::OpenBind;
 use error::step;
+use owner::Swap;
 use place::{Atlas, Spot};
 
 pub use bind::{Bind, IfAbsent, Kind, Link};
@@ -65,15 +66,8 @@ pub fn build(
     task_namespace: BorrowedFd<'_>,
     image: OwnedFd,
 ) -> Result<View, ViewError> {
-    enter_copy_of(task_namespace)?;
-    if spec.writable_bytes.is_some() {
-        // Where the kernel cannot, the user writes where the image lets everybody.
-        let _ = owner::give_to(&spec.user, image.as_fd());
-    }
-    let mut opener = Opener::start(&spec.user).map_err(ViewError::Opener)?;
-    let view = put_together(spec, image, &mut opener, false)?;
-    std::mem::forget(opener);
-    Ok(view)
+    let ground = Ground::enter(&spec.user, task_namespace)?;
+    ground.lay(spec)?.build(image, spec.image_cwd.as_deref())
 }
 
 /// Builds the view in this process's own mount namespace, which is in a user namespace of the user's own, and enters
@@ -82,53 +76,131 @@ pub fn build(
 /// # Errors
 /// [`ViewError`]; the process is of no use then.
 pub(crate) fn build_here(spec: &ViewSpec, image: OwnedFd) -> Result<PathBuf, ViewError> {
-    let mut opener = Opener::start_as_is().map_err(ViewError::Opener)?;
-    let view = put_together(spec, image, &mut opener, true)?;
+    let opener = Opener::start_as_is().map_err(ViewError::Opener)?;
+    let laid = Laid::new(spec, opener, true)?;
+    let (view, opener) = laid.put_together(image, spec.image_cwd.as_deref())?;
     opener.end();
     Ok(view.cwd)
 }
 
-/// From an image and opened sources to this namespace's new root. `unprivileged` where only a user namespace gives the
-/// right to mount.
-fn put_together(
-    spec: &ViewSpec,
-    image: OwnedFd,
-    opener: &mut Opener,
-    unprivileged: bool,
-) -> Result<View, ViewError> {
-    let opened = bind::open_sources(&spec.binds, opener)?;
-    let mut atlas = Atlas::new(image.as_fd());
-    let mut binds: Vec<(OpenBind<'_>, Spot)> = Vec::with_capacity(opened.len());
-    for open in opened {
-        if let Some(spot) = atlas.place(&open)? {
-            binds.push((open, spot));
+/// A mount namespace of this process's own, like the task's, and the child that opens the user's paths there.
+pub(crate) struct Ground {
+    opener: Opener,
+}
+
+impl Ground {
+    /// Leaves this process's mount namespace for good.
+    pub(crate) fn enter(user: &User, task_namespace: BorrowedFd<'_>) -> Result<Ground, ViewError> {
+        enter_copy_of(task_namespace)?;
+        let opener = Opener::start(user).map_err(ViewError::Opener)?;
+        Ok(Ground { opener })
+    }
+
+    /// Has what these binds will need opened meanwhile.
+    pub(crate) fn foresee(&mut self, binds: &[Bind]) {
+        let places = binds.iter().map(|bind| bind.source.as_path());
+        self.opener
+            .foresee(places, generated::OF_THE_NODE.iter().map(Path::new));
+    }
+
+    /// Everything that can be done without the image.
+    pub(crate) fn lay(self, spec: &ViewSpec) -> Result<Laid<'_>, ViewError> {
+        Laid::new(spec, self.opener, false)
+    }
+}
+
+/// A view that lacks nothing but its image.
+pub(crate) struct Laid<'a> {
+    spec: &'a ViewSpec,
+    opener: Opener,
+    /// What is bound, opened and cloned.
+    binds: Vec<(OpenBind<'a>, Result<OwnedFd, ViewError>)>,
+    stage: Stage,
+    swap: Option<Swap>,
+}
+
+impl<'a> Laid<'a> {
+    /// `unprivileged` where only a user namespace gives the right to mount.
+    fn new(
+        spec: &'a ViewSpec,
+        mut opener: Opener,
+        unprivileged: bool,
+    ) -> Result<Laid<'a>, ViewError> {
+        let opened = bind::open_sources(&spec.binds, &mut opener)?;
+        // One that cannot be cloned is an error only where it is needed.
+        let cloned = opened.into_iter().map(|open| {
+            let tree = bind::clone_tree(&open);
+            (open, tree)
+        });
+        let binds = cloned.collect();
+        // Where the kernel cannot, the user writes where the image lets everybody. In a user namespace of the user's
+        // own, root's files are the user's already.
+        let wanted = spec.writable_bytes.is_some() && !unprivileged;
+        let swap = wanted.then(|| Swap::with_root(&spec.user).ok()).flatten();
+        let stage = Stage::new(spec.writable_bytes, unprivileged)?;
+        Ok(Laid {
+            spec,
+            opener,
+            binds,
+            stage,
+            swap,
+        })
+    }
+
+    /// The view with `image`, a mount that is attached nowhere. `image_cwd` is the image's own working directory.
+    pub(crate) fn build(self, image: OwnedFd, image_cwd: Option<&Path>) -> Result<View, ViewError> {
+        let (view, opener) = self.put_together(image, image_cwd)?;
+        // Closing some thirty descriptors would keep the task waiting; this process ends with its answer.
+        std::mem::forget(opener);
+        Ok(view)
+    }
+
+    /// From an image and opened sources to this namespace's new root.
+    fn put_together(
+        self,
+        image: OwnedFd,
+        image_cwd: Option<&Path>,
+    ) -> Result<(View, Opener), ViewError> {
+        let Laid {
+            spec,
+            mut opener,
+            binds,
+            stage,
+            swap,
+        } = self;
+        if let Some(swap) = swap {
+            let _ = swap.apply(image.as_fd());
         }
-    }
-    for link in &spec.links {
-        atlas.link(link);
-    }
-    let files = generated::files(spec, &atlas, image.as_fd(), opener)?;
-    let trees = bind::clone_trees(&binds)?;
+        let mut atlas = Atlas::new(image.as_fd());
+        let mut placed: Vec<(OpenBind<'_>, OwnedFd, Spot)> = Vec::with_capacity(binds.len());
+        for (open, tree) in binds {
+            if let Some(spot) = atlas.place(&open)? {
+                placed.push((open, tree?, spot));
+            }
+        }
+        for link in &spec.links {
+            atlas.link(link);
+        }
+        let files = generated::files(spec, &atlas, image.as_fd(), &mut opener)?;
+        skeleton::make(stage.skeleton(), image.as_fd(), atlas.missing(), &files)?;
+        skeleton::copy_root(stage.upper(), image.as_fd())?;
+        let root = stage.root_over(image)?;
+        for (open, tree, spot) in &placed {
+            bind::attach(root.as_fd(), &mut opener, open, spot, tree.as_fd())?;
+        }
 
-    let stage = Stage::new(spec.writable_bytes, unprivileged)?;
-    skeleton::make(stage.skeleton(), image.as_fd(), atlas.missing(), &files)?;
-    skeleton::copy_root(stage.upper(), image.as_fd())?;
-    let root = stage.root_over(image)?;
-    for ((open, spot), tree) in binds.iter().zip(trees) {
-        bind::attach(root.as_fd(), opener, open, spot, tree)?;
+        let namespace = open(
+            "/proc/thread-self/ns/mnt",
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(step("open the new mount namespace"))?;
+        assemble::change_root(root)?;
+        let cwd = working_directory(spec, image_cwd, &mut opener)?;
+        // Closing some thirty descriptors would keep the task waiting; this process ends with its answer, or execs.
+        std::mem::forget(placed);
+        Ok((View { namespace, cwd }, opener))
     }
-
-    let namespace = open(
-        "/proc/thread-self/ns/mnt",
-        OFlags::RDONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(step("open the new mount namespace"))?;
-    assemble::change_root(root)?;
-    let cwd = working_directory(spec, opener)?;
-    // Closing some thirty descriptors would keep the task waiting; this process ends with its answer, or execs.
-    std::mem::forget(binds);
-    Ok(View { namespace, cwd })
 }
 
 /// A namespace like the task's, into which the node's later mounts still come, and out of which none go.
@@ -144,7 +216,11 @@ fn enter_copy_of(namespace: BorrowedFd<'_>) -> Result<(), ViewError> {
 /// `--container-workdir`, else the job's directory if it is visible, else the image's, else `/`.
 ///
 /// The opener moved into the new root with the rest of the namespace, so it tells what the user may enter there.
-fn working_directory(spec: &ViewSpec, opener: &mut Opener) -> Result<PathBuf, ViewError> {
+fn working_directory(
+    spec: &ViewSpec,
+    image_cwd: Option<&Path>,
+    opener: &mut Opener,
+) -> Result<PathBuf, ViewError> {
     if let Some(wanted) = &spec.workdir {
         return match opener.enter(wanted) {
             Ok(_) => Ok(wanted.clone()),
@@ -154,11 +230,11 @@ fn working_directory(spec: &ViewSpec, opener: &mut Opener) -> Result<PathBuf, Vi
             }),
         };
     }
-    let candidates = [Some(&spec.job_cwd), spec.image_cwd.as_ref()];
+    let candidates = [Some(spec.job_cwd.as_path()), image_cwd];
     for path in candidates.into_iter().flatten() {
         let names_one = path.is_absolute() && path != Path::new("/");
         if names_one && opener.enter(path).is_ok() {
-            return Ok(path.clone());
+            return Ok(path.to_owned());
         }
     }
     Ok(PathBuf::from("/"))

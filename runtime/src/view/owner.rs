@@ -16,10 +16,23 @@ use crate::channel::Channel;
 use crate::sys;
 use crate::user::User;
 
-/// Lets `image`, which is attached nowhere yet, show root's files as the user's, and the other way round.
-pub(super) fn give_to(user: &User, image: BorrowedFd<'_>) -> io::Result<()> {
-    let namespace = id_map(&swap_with_root(user.uid), &swap_with_root(user.gid))?;
-    Ok(sys::mount_map_owners(image, &namespace)?)
+/// A map of owners that shows root's files as the user's, and the other way round.
+pub(super) struct Swap {
+    namespace: OwnedFd,
+}
+
+impl Swap {
+    /// Must come before anything is mounted over the root: a process that is not at its namespace's root makes no user
+    /// namespace.
+    pub(super) fn with_root(user: &User) -> io::Result<Swap> {
+        let namespace = id_map(&swap_with_root(user.uid), &swap_with_root(user.gid))?;
+        Ok(Swap { namespace })
+    }
+
+    /// Shows the owners of `image`, which is attached nowhere yet, by this map.
+    pub(super) fn apply(&self, image: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(sys::mount_map_owners(image, &self.namespace)?)
+    }
 }
 
 /// Lines of a `uid_map` that swap `id` and 0 and leave all others: what the file says, what is seen, how many.
@@ -49,6 +62,7 @@ fn id_map(uids: &str, gids: &str) -> io::Result<OwnedFd> {
             .and_then(|()| theirs.receive());
         i32::from(ready.is_err())
     })?;
+    drop(theirs);
     drop(ours.receive()?.ok_or(io::ErrorKind::UnexpectedEof)?);
     let of_child = format!("/proc/{}", child.number());
     fs::write(format!("{of_child}/uid_map"), uids)?;

@@ -1,0 +1,171 @@
+//! The image of a step: checked, and mounted by the node service where there is one, else by this process.
+//!
+//! The kernel's driver never sees a file that was not verified before ([`crate::sealed`]); the node service is given the
+//! image's descriptor, opened as the job's user, and what the record says of it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use berth_config::{Config, MountMode};
+use berth_image::digest::hex;
+use berth_image::{Digest, Platform, Record};
+use berth_mount::keeper::{self, Given, How, KeeperError, Mode, MountRequest};
+use berth_mount::{ImageFile, LoopDevice};
+
+use crate::refusal::{Refusal, code};
+
+/// How long the node service may take to give a mount that needs nothing fetched.
+const SERVICE: Duration = Duration::from_secs(5);
+
+/// An image that can be mounted any number of times.
+pub(crate) struct Image {
+    pub(crate) record: Record,
+    /// Variables that each task gets, `NAME=VALUE`.
+    pub(crate) environment: Vec<String>,
+    data: OwnedFd,
+    request: MountRequest,
+    /// The first mount, made ahead of the first task.
+    spare: Option<OwnedFd>,
+    /// Kept as long as the step lives: they are the service's sign that its mounts are in use.
+    leases: Vec<OwnedFd>,
+    /// The device of this step's own, where the service gave no mount.
+    device: Option<LoopDevice>,
+    how: &'static str,
+    warm: bool,
+}
+
+/// Whose image, for the service's books.
+pub(crate) struct Owner {
+    pub(crate) digest: Digest,
+    pub(crate) platform: Platform,
+    pub(crate) job: u32,
+    pub(crate) uid: u32,
+}
+
+impl Image {
+    /// `data` is the verified record's file, opened as the job's user.
+    pub(crate) fn mount(
+        record: Record,
+        environment: Vec<String>,
+        data: OwnedFd,
+        owner: &Owner,
+        config: &Config,
+    ) -> Result<Image, Refusal> {
+        let request = MountRequest {
+            digest: owner.digest.to_string(),
+            platform: owner.platform.to_string(),
+            verity_root: hex(&record.file.verity_root),
+            hash_offset: record.file.hash_offset,
+            file_size: record.file.size,
+            mode: match config.node.mount {
+                MountMode::Auto => Mode::Auto,
+                MountMode::Kernel => Mode::Kernel,
+                MountMode::Lazy => Mode::Lazy,
+            },
+            job: Some(owner.job.to_string()),
+            uid: owner.uid,
+            sources: Vec::new(),
+        };
+        let mut image = Image {
+            record,
+            environment,
+            data,
+            request,
+            spare: None,
+            leases: Vec::new(),
+            device: None,
+            how: "",
+            warm: false,
+        };
+        image.spare = Some(image.take_mount(config)?);
+        Ok(image)
+    }
+
+    /// A mount of the image, attached nowhere, `ro,nosuid,nodev`.
+    pub(crate) fn take_mount(&mut self, config: &Config) -> Result<OwnedFd, Refusal> {
+        if let Some(mount) = self.spare.take() {
+            return Ok(mount);
+        }
+        if self.device.is_none() {
+            let (socket, deadline) = (&config.node.service.socket, Instant::now() + SERVICE);
+            match keeper::mount(socket, &self.request, Some(self.data.as_fd()), deadline) {
+                Ok(given) => {
+                    self.how = words(&given);
+                    self.warm = given.kept;
+                    self.leases.push(given.lease);
+                    return Ok(given.tree);
+                }
+                Err(error) if self.request.mode == Mode::Lazy => return Err(of_service(error)),
+                // Nothing of the service's is needed: the step mounts by itself.
+                Err(_) => {}
+            }
+        }
+        self.own_mount(config)
+    }
+
+    fn own_mount(&mut self, config: &Config) -> Result<OwnedFd, Refusal> {
+        if self.device.is_none() {
+            let file = ImageFile {
+                file: self.data.as_fd(),
+                data_size: self.record.file.hash_offset,
+                label: &format!("berth-{}", &self.request.verity_root[..48]),
+            };
+            let device = LoopDevice::attach(file, &config.node.run_dir).map_err(of_mount)?;
+            self.warm = device.was_shared();
+            self.how = match self.warm {
+                true => "kernel, shared",
+                false => "kernel",
+            };
+            self.device = Some(device);
+        }
+        match &self.device {
+            Some(device) => device.mount().map_err(of_mount),
+            None => Err(Refusal::new(
+                code::INTERNAL,
+                "cannot mount the image: no device",
+            )),
+        }
+    }
+
+    /// Whether others read from this mount before, so that what they read is in memory.
+    pub(crate) fn is_warm(&self) -> bool {
+        self.warm
+    }
+
+    /// For the log: who serves the image, and whether it was there already.
+    pub(crate) fn how(&self) -> &'static str {
+        self.how
+    }
+}
+
+fn words(given: &Given) -> &'static str {
+    match (given.how, given.kept) {
+        (How::Kernel, true) => "kernel, kept",
+        (How::Kernel, false) => "kernel, by the node service",
+        (How::Cache, true) => "node's copy, kept",
+        (How::Cache, false) => "node's copy",
+        (How::Lazy, true) => "on demand, kept",
+        (How::Lazy, false) => "on demand",
+    }
+}
+
+fn of_service(error: KeeperError) -> Refusal {
+    let line = format!("cannot mount the image: {error}");
+    match error {
+        KeeperError::Refused { code, hint, .. } => {
+            let refusal = Refusal::new(code, line);
+            match hint {
+                Some(hint) => refusal.hint(hint),
+                None => refusal,
+            }
+        }
+        _ => Refusal::new(code::UNAVAILABLE, line).hint(
+            "this node takes images on demand (`node.mount = \"lazy\"`): tell its admins that berth-node must run",
+        ),
+    }
+}
+
+fn of_mount(error: berth_mount::MountError) -> Refusal {
+    Refusal::new(code::INTERNAL, format!("cannot mount the image: {error}"))
+        .hint("this is the node's fault: tell its admins, `berth doctor` may know more")
+}
