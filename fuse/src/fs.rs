@@ -4,7 +4,13 @@
 //! place in its listing. So there is no table of open files or known inodes: any process that serves the same image
 //! gives the same answers, which is what makes a takeover possible.
 
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
 use berth_squashfs::read::{EntryBuffer, Inode, InodeType, MetaRef, ReadAt, ReadError, Reader};
+use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::abi::{Attr, ENTRY_OUT, Put, ROOT_ID, dirent_len};
@@ -18,6 +24,10 @@ pub struct ImageFs<S> {
     owner: Option<(u32, u32)>,
 }
 
+/// Most bytes of decoded tables: about 100 an inode.
+const TABLES_ON_DISK: u64 = 1 << 30;
+/// The same where no folder takes them.
+const TABLES_IN_MEMORY: u64 = 64 << 20;
 /// Positions of a listing's entries come after those of `.` and `..`.
 const DOTS: u64 = 2;
 
@@ -36,6 +46,41 @@ impl<S: ReadAt> ImageFs<S> {
     #[must_use]
     pub fn owned_by(self, owner: Option<(u32, u32)>) -> Self {
         Self { owner, ..self }
+    }
+
+    /// Decodes the image's tables in a thread of its own, into a file without a name in `folder`, or in memory where
+    /// that cannot be; from then on they cost no memory of this process and no decoding. Requests are answered meanwhile.
+    pub fn keep_tables(self: &Arc<Self>, folder: Option<&Path>)
+    where
+        S: 'static,
+    {
+        let unnamed = |folder: &Path| {
+            let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+            rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR)
+        };
+        let (file, most) = match folder.map(unnamed) {
+            Some(Ok(file)) => (Ok(file), TABLES_ON_DISK),
+            _ => (
+                rustix::fs::memfd_create("berth-tables", MemfdFlags::CLOEXEC),
+                TABLES_IN_MEMORY,
+            ),
+        };
+        let fs = Arc::clone(self);
+        let decode = move |file: File| match fs.reader.keep_tables_in(&file, most) {
+            Ok(true) => {}
+            Ok(false) => tracing::info!("an image's tables are too big to keep decoded"),
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "an image's tables are not kept decoded"
+            ),
+        };
+        let started = file.map_err(io::Error::from).and_then(|file| {
+            let thread = std::thread::Builder::new().name("tables".to_owned());
+            thread.spawn(move || decode(file.into()))
+        });
+        if let Err(error) = started {
+            tracing::warn!(%error, "an image's tables are not kept decoded");
+        }
     }
 
     /// The image.

@@ -11,12 +11,14 @@ use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Duration;
 
+use berth_fuse::block::BlockFs;
+use berth_fuse::filesystem::FileSystem;
 use berth_fuse::fs::ImageFs;
 use berth_fuse::holder::{Held, hold};
 use berth_fuse::session::{Options, serve};
 use berth_fuse::{mount, slots};
 use berth_squashfs::read::{CacheSizes, Reader};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use lazy::{Lazy, Recording};
 
@@ -94,6 +96,24 @@ struct Serving {
     /// Show everything as owned by this user and group.
     #[arg(long, value_name = "UID:GID", value_parser = parse_owner)]
     owner: Option<(u32, u32)>,
+    /// What is mounted: the image's files, or one file with its bytes for a loop device and the kernel's driver.
+    #[arg(long, value_enum, default_value_t = Mode::Filesystem)]
+    mode: Mode,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Mode {
+    Filesystem,
+    Block,
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Filesystem => "filesystem",
+            Self::Block => "block",
+        }
+    }
 }
 
 fn parse_owner(text: &str) -> Result<(u32, u32), String> {
@@ -220,6 +240,7 @@ fn keep(
                 .args(lazy.arguments())
                 .args(["--threads", &serving.threads.to_string()])
                 .args(["--deadline", &serving.deadline.to_string()])
+                .args(["--mode", serving.mode.name()])
                 .args(
                     serving
                         .owner
@@ -247,17 +268,20 @@ fn run_serve(
     let (device, slots) = (inherited(device)?, inherited(slots)?);
     let image = image.map(inherited).transpose()?;
     let (source, recording) = lazy.open_to_serve(image, serving.deadline())?;
-    let reader = Reader::open(source, CacheSizes::default())?;
+    let fs: Arc<dyn FileSystem> = match serving.mode {
+        Mode::Block => Arc::new(BlockFs::new(source)?),
+        Mode::Filesystem => {
+            let reader = Reader::open(source, CacheSizes::default())?;
+            let fs = Arc::new(ImageFs::new(reader)?.owned_by(serving.owner));
+            fs.keep_tables(lazy.cache.as_deref());
+            fs
+        }
+    };
     let options = Options {
         threads: usize::from(serving.threads),
         deadline: serving.deadline(),
     };
-    serve(
-        Arc::new(ImageFs::new(reader)?.owned_by(serving.owner)),
-        device,
-        slots::map(slots)?,
-        options,
-    )?;
+    serve(fs, device, slots::map(slots)?, options)?;
     recording.map_or(Ok(()), Recording::finish)
 }
 
