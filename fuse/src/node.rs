@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use berth_fuse::chunks::{
-    Cache, ChunkStore, FileSource, HttpSource, Sealed, Source, Sources, Stats,
+    Cache, ChunkStore, FileSource, HttpSource, Policy, Sealed, Source, Sources, Stats,
 };
 use berth_fuse::fs::ImageFs;
 use berth_fuse::meter::{BOUNDS_US, KINDS, Latency};
@@ -21,7 +21,7 @@ use berth_fuse::slots;
 use berth_mount::keeper::{decode, encode};
 use berth_mount::packets::Packets;
 use berth_mount::serving::{Order, Report, Served};
-use berth_squashfs::read::{CacheSizes, Reader};
+use berth_squashfs::read::{CacheSizes, Caches, Reader};
 use clap::Args;
 
 use crate::lazy::parse_root;
@@ -31,10 +31,10 @@ use crate::{Failure, Serving, told};
 const SAYING: Duration = Duration::from_secs(20);
 /// Between two tries to open an image that an earlier server had open.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Decoded blocks kept in memory for each image: what the kernel's caches do not hold.
+/// Decoded blocks kept in memory, of all images together: what the kernel's caches do not hold.
 const CACHES: CacheSizes = CacheSizes {
-    metadata: 3 << 20,
-    data: 1 << 20,
+    metadata: 24 << 20,
+    data: 16 << 20,
 };
 
 /// What all images share.
@@ -49,6 +49,12 @@ pub struct Everything {
     /// Fetch by this HTTP proxy.
     #[arg(long, value_name = "URL")]
     proxy: Option<String>,
+    /// Seconds for which the first start of an image without a trace is recorded; 0: none is.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    record: u64,
+    /// Fetch the rest of each image as well, at so many bytes a second while no reader waits; 0: it is not.
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    fill: u64,
     /// End when the keeper does: the next one has the connections. Without it this serves on until all are unmounted.
     #[arg(long)]
     with_keeper: bool,
@@ -64,6 +70,8 @@ struct Server {
     options: Options,
     proxy: Option<String>,
     cache: Option<Arc<Cache>>,
+    caches: Arc<Caches>,
+    beside: Policy,
     state: Mutex<State>,
     ended: Condvar,
 }
@@ -106,6 +114,11 @@ pub fn run(serving: Serving, node: Everything) -> Result<(), Failure> {
         },
         proxy: node.proxy,
         cache,
+        caches: Arc::new(Caches::new(CACHES)),
+        beside: Policy {
+            record: (node.record > 0).then(|| Duration::from_secs(node.record)),
+            fill: (node.fill > 0).then_some(node.fill),
+        },
         state: Mutex::default(),
         ended: Condvar::new(),
     });
@@ -228,7 +241,9 @@ impl Server {
         }
         let sources = Sources::new(sources, self.options.deadline * 4 / 5);
         let store = ChunkStore::open(sealed, sources, self.cache.as_ref())?;
-        let fs = ImageFs::new(Reader::open(Arc::clone(&store), CACHES)?)?;
+        store.follow(self.beside);
+        let reader = Reader::open_in(Arc::clone(&store), Arc::clone(&self.caches))?;
+        let fs = ImageFs::new(reader)?;
         Ok((store, fs))
     }
 

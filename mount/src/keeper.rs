@@ -8,7 +8,7 @@
 //! Nobody needs the service: whoever finds it [absent](KeeperError::Absent) mounts by itself.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -35,14 +35,9 @@ pub enum Request {
         /// As `linux/amd64`.
         platform: String,
     },
-    /// The folder is not needed any more.
-    Detach {
-        /// As it was given.
-        path: PathBuf,
-    },
-    /// What is mounted, for root; the caller's own folders for others.
+    /// What is mounted; for root.
     Status,
-    /// Counters in the Prometheus text format.
+    /// Counters in the Prometheus text format; for root.
     Metrics,
     /// Let go of every mount that is idle, and keep none from now on until the service starts anew; for root.
     Drain,
@@ -334,27 +329,6 @@ pub fn decode<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<T, &'static 
     }
 }
 
-/// The peer of a connection, as the kernel has it from the time of connecting.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Peer {
-    /// Effective user.
-    pub uid: u32,
-    /// Effective group.
-    pub gid: u32,
-}
-
-/// Who is at the other end.
-///
-/// # Errors
-/// The system's.
-pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
-    let credentials = rustix::net::sockopt::socket_peercred(socket)?;
-    Ok(Peer {
-        uid: credentials.uid.as_raw(),
-        gid: credentials.gid.as_raw(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -379,7 +353,10 @@ mod tests {
         for request in [
             Request::Mount(request()),
             Request::Status,
-            Request::Detach { path: "/a".into() },
+            Request::Path {
+                digest: "sha256:00".into(),
+                platform: "linux/amd64".into(),
+            },
         ] {
             assert_eq!(decode(&encode(&request).unwrap()), Ok(request));
         }

@@ -7,12 +7,16 @@
 //!
 //! - [`table`]: what is kept, and what goes when: pure decisions;
 //! - [`den`]: the mount namespace of its own in which kept mounts hang;
+//! - [`places`]: where users find images; [`finder`] looks for them with their rights;
 //! - [`server`]: root's side of the unprivileged process;
 //! - [`service`]: requests and their answers;
 //! - [`signals`]: how it is told to stop.
 
 mod den;
+mod finder;
 mod image;
+mod peer;
+mod places;
 mod server;
 mod service;
 mod setup;

@@ -21,7 +21,7 @@ use berth_mount::packets::Packets;
 use berth_mount::serving::{Order, Report, Served};
 use nix::unistd::User;
 
-use crate::setup::Failure;
+use crate::setup::{Failure, program};
 
 /// Requests are answered, with an error if need be, after this time: half of Slurm's UnkillableStepTimeout.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -84,9 +84,11 @@ impl Server {
         if service.cache_bytes > 0 {
             arguments.push(format!("--cache-limit={}", service.cache_bytes));
         }
+        arguments.push(format!("--record={}", service.record_s));
+        arguments.push(format!("--fill={}", service.fill_bytes_per_s));
         arguments.extend(service.proxy.iter().map(|proxy| format!("--proxy={proxy}")));
         Ok(Self {
-            program: program(&own),
+            program: program(&own, "berth-fuse"),
             arguments,
             cache: service.cache_dir.clone(),
             user: user(&service.user),
@@ -372,15 +374,6 @@ impl Connection {
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![self.device.as_fd(), self.memory.as_fd()];
         descriptors.extend(self.image.as_ref().map(|image| image.as_fd()));
         link.send(&order, &descriptors, Instant::now() + SAYING)
-    }
-}
-
-/// `berth-fuse` of the same installation: beside us, or with the other programs that nobody types.
-fn program(own: &Path) -> PathBuf {
-    let beside = own.with_file_name("berth-fuse");
-    match beside.exists() {
-        true => beside,
-        false => "/usr/libexec/berth/berth-fuse".into(),
     }
 }
 

@@ -7,13 +7,13 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use berth_config::NodeService;
 use berth_mount::keeper::{
-    Answer, How, Mode, MountRequest, MountStatus, Peer, Request, Status, decode, encode, peer,
+    Answer, How, Mode, MountRequest, MountStatus, Request, Status, decode, encode,
 };
 use berth_mount::packets::{Packet, Packets};
 use berth_mount::{ImageFile, LoopDevice};
@@ -25,7 +25,10 @@ use rustix::net::{
 };
 
 use crate::den::{Berth, Den};
+use crate::finder::Finder;
 use crate::image::{Bytes, Key};
+use crate::peer::{self, Peer};
+use crate::places::Places;
 use crate::server::Server;
 use crate::setup::{Failure, Prepared};
 use crate::signals::{Bell, Told};
@@ -35,6 +38,10 @@ use crate::table::{Entry, Limits, Table};
 const SAYING: Duration = Duration::from_secs(5);
 /// How long a request waits for another one that makes the same mount.
 const MAKING: Duration = Duration::from_secs(60);
+/// How often a user's folder that is over its time, and in use, is looked at.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// Folders of a user at a time.
+const PLACES: usize = 64;
 /// Requests in work at a time: root's, and each user's.
 const ROOTS: usize = 256;
 const USERS: usize = 4;
@@ -57,6 +64,15 @@ struct Lease {
     of: Use,
 }
 
+/// A user's folder, which uses a mount.
+#[derive(Debug)]
+struct Attached {
+    path: PathBuf,
+    of: Use,
+    /// It is left alone until then.
+    until: Instant,
+}
+
 /// One use of a mount.
 #[derive(Debug, Clone)]
 struct Use {
@@ -70,6 +86,8 @@ struct State {
     /// Mounts that some thread makes now.
     making: HashSet<Key>,
     leases: Vec<Arc<Lease>>,
+    /// Folders of users.
+    attached: HashMap<(u32, Key), Attached>,
     /// Requests in work, by who asks.
     working: HashMap<u32, usize>,
     draining: bool,
@@ -89,6 +107,8 @@ struct Service {
     prepared: Prepared,
     den: Den,
     server: Arc<Server>,
+    places: Places,
+    finder: Finder,
     bell: Bell,
     state: Mutex<State>,
     made: Condvar,
@@ -102,17 +122,22 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
     raise_descriptors();
     let socket = prepared.service().socket.clone();
     let server = Arc::new(Server::new(prepared.service())?);
+    let places = Places::new(&prepared.config.node.run_dir)?;
+    let finder = Finder::new(&prepared.path)?;
     let listener = listen_at(&socket)?;
     let service = Arc::new(Service {
         prepared,
         den,
         server: Arc::clone(&server),
+        places,
+        finder,
         bell,
         state: Mutex::new(State {
             table: Table::new(limits),
             making: HashSet::new(),
             leases: Vec::new(),
             working: HashMap::new(),
+            attached: HashMap::new(),
             draining: false,
             given: 0,
             made: 0,
@@ -127,6 +152,7 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
         .map_err(|e| Failure::system("cannot start a thread", e))?;
     while service.turn(&listener)? {}
     server.leave();
+    service.places.clear();
     // Who connects from now on mounts without us.
     let _ = std::fs::remove_file(&socket);
     tracing::info!("stopped");
@@ -175,7 +201,11 @@ impl Service {
         let (leases, timeout) = {
             let mut state = self.state();
             self.let_go(&mut state);
-            (state.leases.clone(), state.table.next(Instant::now()))
+            let now = Instant::now();
+            let attached = state.attached.values().map(|a| a.until);
+            let attached = attached.map(|until| until.saturating_duration_since(now));
+            let next = state.table.next(now).into_iter().chain(attached).min();
+            (state.leases.clone(), next)
         };
         let timeout = timeout.and_then(|t| Timespec::try_from(t + Duration::from_millis(1)).ok());
         let mut fds = vec![
@@ -210,6 +240,25 @@ impl Service {
 
     /// Drops what need not be kept.
     fn let_go(&self, state: &mut State) {
+        let now = Instant::now();
+        let late = state.attached.iter().filter(|(_, a)| a.until <= now);
+        let late: Vec<(u32, Key)> = late.map(|(at, _)| at.clone()).collect();
+        for at in late {
+            let Some(attached) = state.attached.get_mut(&at) else {
+                continue;
+            };
+            match self.places.detach(&attached.path) {
+                // Somebody is in there.
+                Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
+                    attached.until = now + LOOK_AGAIN;
+                }
+                _ => {
+                    let of = attached.of.clone();
+                    state.attached.remove(&at);
+                    state.release(&of, now);
+                }
+            }
+        }
         for kept in state.table.expired(Instant::now()) {
             tracing::info!(digest = kept.digest, how = ?kept.how, "let go of an unused mount");
             self.den.drop_of(kept.berth);
@@ -230,7 +279,7 @@ impl Service {
                     return;
                 }
             };
-            let Ok(peer) = peer(&connection) else {
+            let Ok(peer) = peer::of(&connection) else {
                 continue;
             };
             {
@@ -306,6 +355,10 @@ impl Service {
         image: Option<OwnedFd>,
         peer: &Peer,
     ) -> Result<(Answer, Option<(OwnedFd, Use)>), Failure> {
+        if let Request::Path { digest, platform } = request {
+            let path = self.finder.find(digest, platform, peer)?;
+            return Ok((Answer::At { path }, None));
+        }
         if peer.uid != 0 {
             return Err(Failure::new(
                 Failure::PERMISSION,
@@ -320,7 +373,8 @@ impl Service {
             Request::Status => Ok((Answer::Status(self.status()), None)),
             Request::Drain => Ok((self.drain(), None)),
             Request::Metrics => Ok((self.metrics(), None)),
-            _ => Err(Failure::new(Failure::UNAVAILABLE, "this is not served")),
+            Request::Attach(request) => Ok((self.attach(request, image)?, None)),
+            Request::Path { .. } => Err(Failure::new(Failure::INTERNAL, "answered above")),
         }
     }
 
@@ -379,6 +433,56 @@ impl Service {
                 Err(Failure::system("cannot clone a kept mount", errno))
             }
         }
+    }
+
+    /// The folder at which a user, whose right to it was verified, finds an image.
+    fn attach(&self, request: &MountRequest, image: Option<OwnedFd>) -> Result<Answer, Failure> {
+        let (_, tree, of) = self.mount(request, image)?;
+        let at = (request.uid, of.key.clone());
+        let keep = Duration::from_secs(self.prepared.service().keep_s).max(LOOK_AGAIN);
+        let now = Instant::now();
+        let mut state = self.state();
+        let path = match state.attached.get_mut(&at) {
+            // One made after its server was gone comes in the place of the old one.
+            Some(there) if there.of.berth == of.berth => {
+                there.until = now + keep;
+                let path = there.path.clone();
+                state.release(&of, now);
+                path
+            }
+            _ => {
+                let mine = state.attached.keys().filter(|(uid, _)| *uid == request.uid);
+                let name = request.verity_root.get(..16).unwrap_or_default();
+                let name = format!("{name}-{}", state.given);
+                let made = match mine.count() < PLACES {
+                    true => self.places.attach(tree.as_fd(), request.uid, &name),
+                    false => Err(std::io::Error::other("this user has too many of them")),
+                };
+                match made {
+                    Ok(path) => {
+                        let attached = Attached {
+                            path: path.clone(),
+                            of,
+                            until: now + keep,
+                        };
+                        if let Some(old) = state.attached.insert(at, attached) {
+                            let _ = self.places.detach(&old.path);
+                            state.release(&old.of, now);
+                        }
+                        path
+                    }
+                    Err(error) => {
+                        state.release(&of, now);
+                        drop(state);
+                        self.bell.look();
+                        return Err(Failure::system("cannot attach the image", error));
+                    }
+                }
+            }
+        };
+        drop(state);
+        self.bell.look();
+        Ok(Answer::At { path })
     }
 
     /// The mount, with one user more; or none, and the caller is the one who makes it.
@@ -495,6 +599,10 @@ impl Service {
     fn drain(&self) -> Answer {
         let mut state = self.state();
         state.draining = true;
+        let now = Instant::now();
+        for attached in state.attached.values_mut() {
+            attached.until = now;
+        }
         state.table.drain();
         self.let_go(&mut state);
         drop(state);
@@ -504,6 +612,10 @@ impl Service {
     fn status(&self) -> Status {
         let state = self.state();
         let now = Instant::now();
+        let paths = |berth: Berth| {
+            let of = state.attached.values().filter(|a| a.of.berth == berth);
+            of.map(|attached| attached.path.clone()).collect()
+        };
         let mounts = state.table.iter().map(|(_, entry)| MountStatus {
             digest: entry.mount.digest.clone(),
             platform: entry.mount.platform.clone(),
@@ -511,7 +623,7 @@ impl Service {
             users: entry.users,
             idle_s: entry.idle(now).as_secs(),
             given: entry.given,
-            paths: Vec::new(),
+            paths: paths(entry.mount.berth),
         });
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use berth_config::{Config, NodeService};
 use rustix::fs::{FlockOperation, Mode, OFlags, Stat, flock, fstat, open, stat};
@@ -49,6 +49,8 @@ impl Failure {
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) config: Config,
+    /// Where it was read.
+    pub(crate) path: PathBuf,
     /// Held as long as the process lives: one keeper a folder.
     _lock: OwnedFd,
 }
@@ -88,6 +90,7 @@ pub(crate) fn prepare(path: &Path) -> Result<Prepared, Failure> {
     })?;
     Ok(Prepared {
         config,
+        path: path.to_owned(),
         _lock: file,
     })
 }
@@ -108,6 +111,15 @@ fn load(path: &Path) -> Result<Config, Failure> {
     match config.problems().first() {
         Some(problem) => Err(wrong(problem.to_string())),
         None => Ok(config),
+    }
+}
+
+/// Another program of the same installation: beside us, or with those that nobody types.
+pub(crate) fn program(own: &Path, name: &str) -> PathBuf {
+    let beside = own.with_file_name(name);
+    match beside.exists() {
+        true => beside,
+        false => Path::new("/usr/libexec/berth").join(name),
     }
 }
 
