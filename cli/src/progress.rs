@@ -109,7 +109,12 @@ impl Track {
                 if said.state == Some(pull.state) && !again {
                     return;
                 }
+                // What was there already needs no word.
+                let at_once = said.state.is_none() && pull.state == PullState::Ready;
                 said.state = Some(pull.state);
+                if at_once {
+                    return;
+                }
                 said.since = Instant::now();
                 note(&format!(
                     "{}: {}",

@@ -20,6 +20,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
 use rustix::io::Errno;
 
 use crate::channel::Channel;
+use crate::own_image;
 use crate::refusal::{Refusal, code};
 use crate::sys;
 use crate::text::plain;
@@ -49,7 +50,7 @@ pub(crate) mod tag {
     pub(crate) const ACCOUNT: u8 = b'A';
     /// Progress, plain text.
     pub(crate) const PROGRESS: u8 = b'P';
-    /// `digest`, `record`; with the data file's descriptor.
+    /// `digest`, `record`, or nothing for a file of the user's own; with the data file's descriptor.
     pub(crate) const FOUND: u8 = b'F';
     /// A refusal.
     pub(crate) const REFUSED: u8 = b'E';
@@ -79,6 +80,12 @@ pub(crate) fn run(search: &Search<'_>, channel: &Channel) -> io::Result<()> {
         body = body.field("other", format!("{uid}:{gid}:{name}").as_bytes());
     }
     body.send_wait(&channel, tag::ACCOUNT, &[])?;
+    if let Some(path) = &search.wanted.own {
+        return match own_image::open(path) {
+            Ok(data) => Body::default().send_wait(&channel, tag::FOUND, &[data.as_fd()]),
+            Err(refusal) => refusal.body().send_wait(&channel, tag::REFUSED, &[]),
+        };
+    }
     match search.find(&channel) {
         Ok(found) => Body::default()
             .field("digest", found.digest.to_string().as_bytes())

@@ -12,6 +12,7 @@ mod finder;
 mod mounted;
 mod mounts;
 mod opener;
+mod own_image;
 mod prepared;
 mod preread;
 mod refusal;

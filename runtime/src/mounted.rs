@@ -12,6 +12,7 @@ use berth_image::{Digest, Platform, Record};
 use berth_mount::keeper::{self, Given, How, KeeperError, Mode, MountRequest};
 use berth_mount::{ImageFile, LoopDevice};
 
+use crate::own_image::OwnImage;
 use crate::refusal::{Refusal, code};
 
 /// How long the node service may take to give a mount that needs nothing fetched.
@@ -19,17 +20,37 @@ const SERVICE: Duration = Duration::from_secs(5);
 
 /// An image that can be mounted any number of times.
 pub(crate) struct Image {
-    pub(crate) record: Record,
+    /// The image's own working directory.
+    pub(crate) working_dir: Option<String>,
     /// Variables that each task gets, `NAME=VALUE`.
     pub(crate) environment: Vec<String>,
-    data: OwnedFd,
-    request: MountRequest,
+    source: Source,
     /// The first mount, made ahead of the first task.
     spare: Option<OwnedFd>,
+    how: &'static str,
+    warm: bool,
+}
+
+/// Where mounts come from.
+enum Source {
+    Sealed(Sealed),
+    /// A file of the user's, which the kernel's driver never sees.
+    Own(OwnImage),
+}
+
+/// A verified image of the store's.
+struct Sealed {
+    data: OwnedFd,
+    request: MountRequest,
     /// Kept as long as the step lives: they are the service's sign that its mounts are in use.
     leases: Vec<OwnedFd>,
     /// The device of this step's own, where the service gave no mount.
     device: Option<LoopDevice>,
+}
+
+/// A mount, who serves it, and whether others read from it before.
+struct Mounted {
+    tree: OwnedFd,
     how: &'static str,
     warm: bool,
 }
@@ -66,14 +87,36 @@ impl Image {
             uid: owner.uid,
             sources: Vec::new(),
         };
-        let mut image = Image {
-            record,
-            environment,
+        let sealed = Sealed {
             data,
             request,
-            spare: None,
             leases: Vec::new(),
             device: None,
+        };
+        let working_dir = record.run.working_dir;
+        Image::first(working_dir, environment, Source::Sealed(sealed), config)
+    }
+
+    /// A file of the user's own, which says nothing of its environment or where to start.
+    pub(crate) fn own(
+        own: OwnImage,
+        environment: Vec<String>,
+        config: &Config,
+    ) -> Result<Image, Refusal> {
+        Image::first(None, environment, Source::Own(own), config)
+    }
+
+    fn first(
+        working_dir: Option<String>,
+        environment: Vec<String>,
+        source: Source,
+        config: &Config,
+    ) -> Result<Image, Refusal> {
+        let mut image = Image {
+            working_dir,
+            environment,
+            source,
+            spare: None,
             how: "",
             warm: false,
         };
@@ -86,45 +129,17 @@ impl Image {
         if let Some(mount) = self.spare.take() {
             return Ok(mount);
         }
-        if self.device.is_none() {
-            let (socket, deadline) = (&config.node.service.socket, Instant::now() + SERVICE);
-            match keeper::mount(socket, &self.request, Some(self.data.as_fd()), deadline) {
-                Ok(given) => {
-                    self.how = words(&given);
-                    self.warm = given.kept;
-                    self.leases.push(given.lease);
-                    return Ok(given.tree);
-                }
-                Err(error) if self.request.mode == Mode::Lazy => return Err(of_service(error)),
-                // Nothing of the service's is needed: the step mounts by itself.
-                Err(_) => {}
-            }
-        }
-        self.own_mount(config)
-    }
-
-    fn own_mount(&mut self, config: &Config) -> Result<OwnedFd, Refusal> {
-        if self.device.is_none() {
-            let file = ImageFile {
-                file: self.data.as_fd(),
-                data_size: self.record.file.hash_offset,
-                label: &format!("berth-{}", &self.request.verity_root[..48]),
-            };
-            let device = LoopDevice::attach(file, &config.node.run_dir).map_err(of_mount)?;
-            self.warm = device.was_shared();
-            self.how = match self.warm {
-                true => "kernel, shared",
-                false => "kernel",
-            };
-            self.device = Some(device);
-        }
-        match &self.device {
-            Some(device) => device.mount().map_err(of_mount),
-            None => Err(Refusal::new(
-                code::INTERNAL,
-                "cannot mount the image: no device",
-            )),
-        }
+        let mounted = match &mut self.source {
+            Source::Sealed(sealed) => sealed.mount(config)?,
+            Source::Own(own) => Mounted {
+                tree: own.mount()?,
+                how: "user's file, on demand",
+                // Nothing is read ahead of who reads it.
+                warm: true,
+            },
+        };
+        (self.how, self.warm) = (mounted.how, mounted.warm);
+        Ok(mounted.tree)
     }
 
     /// Whether others read from this mount before, so that what they read is in memory.
@@ -135,6 +150,50 @@ impl Image {
     /// For the log: who serves the image, and whether it was there already.
     pub(crate) fn how(&self) -> &'static str {
         self.how
+    }
+}
+
+impl Sealed {
+    fn mount(&mut self, config: &Config) -> Result<Mounted, Refusal> {
+        if self.device.is_none() {
+            let (socket, deadline) = (&config.node.service.socket, Instant::now() + SERVICE);
+            match keeper::mount(socket, &self.request, Some(self.data.as_fd()), deadline) {
+                Ok(given) => {
+                    let (how, warm) = (words(&given), given.kept);
+                    self.leases.push(given.lease);
+                    let tree = given.tree;
+                    return Ok(Mounted { tree, how, warm });
+                }
+                Err(error) if self.request.mode == Mode::Lazy => return Err(of_service(error)),
+                // Nothing of the service's is needed: the step mounts by itself.
+                Err(_) => {}
+            }
+        }
+        self.own_mount(config)
+    }
+
+    fn own_mount(&mut self, config: &Config) -> Result<Mounted, Refusal> {
+        let device = match self.device.take() {
+            Some(device) => device,
+            None => {
+                let file = ImageFile {
+                    file: self.data.as_fd(),
+                    data_size: self.request.hash_offset,
+                    label: &format!("berth-{}", &self.request.verity_root[..48]),
+                };
+                LoopDevice::attach(file, &config.node.run_dir).map_err(of_mount)?
+            }
+        };
+        let warm = device.was_shared();
+        let device = self.device.insert(device);
+        Ok(Mounted {
+            tree: device.mount().map_err(of_mount)?,
+            how: match warm {
+                true => "kernel, shared",
+                false => "kernel",
+            },
+            warm,
+        })
     }
 }
 

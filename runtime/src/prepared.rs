@@ -9,6 +9,7 @@ use berth_image::{Digest, PublicKey};
 use crate::environment;
 use crate::mounted::{Image, Owner};
 use crate::mounts::{self, own_path};
+use crate::own_image::OwnImage;
 use crate::refusal::{Refusal, code};
 use crate::sealed;
 use crate::slurm;
@@ -63,18 +64,19 @@ impl Prepared {
 
     /// Checks what was found and mounts it.
     pub(crate) fn mount(&self, found: Fields<'_>, data: OwnedFd) -> Result<Image, Refusal> {
+        if let Some(path) = &self.wanted.own {
+            let (config, job) = (&self.config, &self.job);
+            let owner = job.writable.then_some(&job.user);
+            let own = OwnImage::new(path, data, owner, &config.node.service.user);
+            return Image::own(own, self.environment(&[])?, config);
+        }
         let digest = found.get("digest").unwrap_or_default();
         let digest: Digest = (String::from_utf8_lossy(digest).parse())
             .map_err(|e| Refusal::new(code::INTERNAL, format!("what was found: {e}")))?;
         let bytes = found.get("record").unwrap_or_default();
         let (wanted, user) = (&self.wanted, &self.job.user);
-        let slurm = &self.config.node.slurm;
         let record = sealed::verify(wanted, &digest, bytes, &self.keys, data.as_fd(), user)?;
-        let bin_dir = slurm.client.then_some(slurm.bin_dir.as_path());
-        let environment = environment::of_image(&record.run.env, bin_dir).ok_or_else(|| {
-            let line = format!("the environment of `{}` is too large", wanted.name());
-            Refusal::new(code::OTHER, line)
-        })?;
+        let environment = self.environment(&record.run.env)?;
         let owner = Owner {
             digest,
             platform: wanted.platform.clone(),
@@ -82,6 +84,16 @@ impl Prepared {
             uid: user.uid,
         };
         Image::mount(record, environment, data, &owner, &self.config)
+    }
+
+    /// What tasks get of an image's variables.
+    fn environment(&self, image: &[String]) -> Result<Vec<String>, Refusal> {
+        let slurm = &self.config.node.slurm;
+        let bin_dir = slurm.client.then_some(slurm.bin_dir.as_path());
+        environment::of_image(image, bin_dir).ok_or_else(|| {
+            let line = format!("the environment of `{}` is too large", self.wanted.name());
+            Refusal::new(code::OTHER, line)
+        })
     }
 
     /// What is bound for tasks whose directory is `cwd`, in order.

@@ -329,7 +329,7 @@ impl Step {
             {
                 match image.take_mount(&prepared.config) {
                     Ok(mount) => {
-                        builder.give(mount.as_fd(), image.record.run.working_dir.as_deref());
+                        builder.give(mount.as_fd(), image.working_dir.as_deref());
                         if self.reader.is_none() && !image.is_warm() {
                             self.cold = Some(mount);
                         }

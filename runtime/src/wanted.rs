@@ -1,6 +1,6 @@
 //! Which image a step means: a pure decision from what was typed, pinned and configured.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use berth_config::Config;
 use berth_image::{Digest, ImageRef, Platform, layout};
@@ -10,8 +10,10 @@ use crate::refusal::{Refusal, code};
 /// What is to be found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Wanted {
-    /// None when a path of the store was given: then there is nothing to pull.
+    /// None when a path was given: then there is nothing to pull.
     pub(crate) reference: Option<ImageRef>,
+    /// A SquashFS file of the user's own, which nobody sealed.
+    pub(crate) own: Option<PathBuf>,
     /// None when a tag has to be resolved.
     pub(crate) digest: Option<Digest>,
     /// Whether the digest is the user's own, which may be that of an index.
@@ -26,13 +28,23 @@ impl Wanted {
         let usage = |line: String| Refusal::new(code::USAGE, line);
         let platform = Platform::host();
         if text.starts_with('/') {
-            let (digest, of_path) = layout::parse_data_path(&config.store.path, Path::new(text))
-                .ok_or_else(|| {
-                    usage(format!("`{text}` is no image of this site's store")).hint(
-                        "give a reference (docker://…) or a path that `berth path` printed: image files of \
-                         users' own cannot be mounted",
-                    )
-                })?;
+            let path = Path::new(text);
+            let Some((digest, of_path)) = layout::parse_data_path(&config.store.path, path) else {
+                if !config.node.user_images {
+                    let line = format!("`{text}` is no image of this site's store");
+                    return Err(usage(line).hint(
+                        "give a reference (docker://…) or a path that `berth path` printed: image files of users' own \
+                         are not allowed on this site (`node.user_images`)",
+                    ));
+                }
+                return Ok(Wanted {
+                    reference: None,
+                    own: Some(path.to_owned()),
+                    digest: None,
+                    may_be_index: false,
+                    platform,
+                });
+            };
             if of_path != platform {
                 return Err(usage(format!(
                     "`{text}` is an image for {of_path}, this node is {platform}"
@@ -40,6 +52,7 @@ impl Wanted {
             }
             return Ok(Wanted {
                 reference: None,
+                own: None,
                 digest: Some(digest),
                 may_be_index: false,
                 platform,
@@ -61,16 +74,18 @@ impl Wanted {
             digest: pinned.or(own),
             may_be_index: pinned.is_none() && own.is_some(),
             reference: Some(reference),
+            own: None,
             platform,
         })
     }
 
     /// For messages.
     pub(crate) fn name(&self) -> String {
-        match (&self.reference, &self.digest) {
-            (Some(reference), _) => reference.to_string(),
-            (None, Some(digest)) => digest.to_string(),
-            (None, None) => String::new(),
+        match (&self.reference, &self.own, &self.digest) {
+            (Some(reference), ..) => reference.to_string(),
+            (None, Some(path), _) => path.display().to_string(),
+            (None, None, Some(digest)) => digest.to_string(),
+            (None, None, None) => String::new(),
         }
     }
 }
@@ -92,8 +107,8 @@ mod tests {
     }
 
     #[test]
-    fn only_the_stores_own_paths_are_images() {
-        let config = Config::default();
+    fn a_path_is_an_image_of_the_stores_or_a_file_of_the_users() {
+        let mut config = Config::default();
         let platform = Platform::host();
         let digest = Digest::of(b"1");
         let dir = config
@@ -103,6 +118,11 @@ mod tests {
         let path = dir.join(format!("rootfs-{}.squashfs", Digest::of(b"2").hex()));
         let wanted = Wanted::new(path.to_str().unwrap(), "", &config).unwrap();
         assert_eq!((wanted.digest, wanted.reference), (Some(digest), None));
+        assert_eq!(wanted.own, None);
+        let own = Path::new("/home/u/x.squashfs");
+        let wanted = Wanted::new("/home/u/x.squashfs", "", &config).unwrap();
+        assert_eq!((wanted.digest, wanted.own), (None, Some(own.to_owned())));
+        config.node.user_images = false;
         for wrong in ["/home/u/x.squashfs", "/etc/passwd", "", "a b"] {
             let refusal = Wanted::new(wrong, "", &config).unwrap_err();
             assert_eq!(refusal.code, code::USAGE, "{wrong}");

@@ -20,14 +20,17 @@ use crate::user::User;
 /// How long the server may take to look at the image.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The uid and gid that own nothing.
+const NOBODY: u32 = 65_534;
+
 /// Who serves an image.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum As<'a> {
     /// The user who runs this process, by a process that lives on when this one ends or becomes another program.
     Itself,
-    /// Another user, for a process of root's: nobody who could stop or trace the server has a right to its mount. It
-    /// does not outlive its parent.
-    Other(&'a User),
+    /// The user that this name or number means, for a process of root's; the server's keeper does not outlive its
+    /// parent.
+    Service(&'a str),
 }
 
 /// A server that waits for its connection.
@@ -59,7 +62,7 @@ impl Server {
             1
         };
         let keeper = match who {
-            As::Other(_) => Some(sys::fork(run).map_err(broken)?),
+            As::Service(_) => Some(sys::fork(run).map_err(broken)?),
             As::Itself => {
                 // Twice, so that it is no child of the program that this process becomes.
                 let between = sys::fork(|| {
@@ -114,6 +117,27 @@ impl Server {
     }
 }
 
+/// The service's user where the node has it, else nobody. Asks the account database: only where that may take its time.
+fn service_user(name: &str) -> User {
+    let alone = |uid, gid| User {
+        uid,
+        gid,
+        groups: Vec::new(),
+    };
+    let found = match name.parse() {
+        Ok(number) => alone(number, number),
+        Err(_) => match nix::unistd::User::from_name(name) {
+            Ok(Some(entry)) => alone(entry.uid.as_raw(), entry.gid.as_raw()),
+            _ => alone(NOBODY, NOBODY),
+        },
+    };
+    // Never root, whatever somebody wrote into the account database.
+    match found.uid {
+        0 => alone(NOBODY, NOBODY),
+        _ => found,
+    }
+}
+
 /// `berth-fuse` of the same installation.
 fn program() -> io::Result<PathBuf> {
     Ok(std::env::current_exe()?.with_file_name("berth-fuse"))
@@ -132,12 +156,14 @@ fn become_server(
         rustix::process::chdir("/")?;
         match who {
             As::Itself => Ok(()),
-            As::Other(user) => user.become_for_good(),
+            As::Service(name) => service_user(name).become_for_good(),
         }
     };
     if let Err(error) = prepared() {
         return error;
     }
+    // It shares the terminal of whoever runs the command, who did not ask for its warnings.
+    let log = std::env::var_os("BERTH_LOG").unwrap_or_else(|| "error".into());
     Command::new(program)
         .arg("hold")
         .args(["--channel", &channel.as_fd().as_raw_fd().to_string()])
@@ -146,5 +172,6 @@ fn become_server(
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .env_clear()
+        .env("BERTH_LOG", log)
         .exec()
 }
