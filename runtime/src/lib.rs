@@ -4,6 +4,7 @@
 //! that user ([`opener`]); everything that could hang (the parallel filesystem, the daemon) happens in children that
 //! can be left behind.
 
+pub mod attach;
 mod awaited;
 mod builder;
 mod channel;

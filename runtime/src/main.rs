@@ -23,6 +23,21 @@ enum Command {
         #[arg(long, value_name = "NUMBER")]
         job: i32,
     },
+    /// Attach an image at a folder of a user's (as root; the node service starts it)
+    #[command(hide = true)]
+    Attach {
+        #[arg(long)]
+        config: PathBuf,
+        #[arg(long)]
+        uid: u32,
+        #[arg(long)]
+        gid: u32,
+        #[arg(long, value_delimiter = ',')]
+        groups: Vec<u32>,
+        #[arg(long)]
+        platform: String,
+        digest: String,
+    },
     /// Check a reference, and have the daemon pin and prefetch it (as the user, on a login node)
     Submit {
         /// The site's configuration
@@ -38,6 +53,17 @@ enum Command {
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
+        Command::Attach {
+            config,
+            uid,
+            gid,
+            groups,
+            platform,
+            digest,
+        } => {
+            let user = berth_runtime::User { uid, gid, groups };
+            berth_runtime::attach::run(&config, user, &digest, &platform)
+        }
         Command::Step => berth_runtime::step(),
         Command::User { job } => berth_runtime::user_view::run(job),
         Command::Submit {
