@@ -1,7 +1,9 @@
 //! Stages four to six, from the daemon's side: config and layers fetched, handed to the sealer, an image in the store.
 //!
-//! One image is made at a time per (manifest, platform), whoever asks and under whatever name. Layers are fetched
-//! from the top down, because the converter reads the top one first, and flow to it while they arrive.
+//! One image is made at a time per (manifest, platform), whoever asks and under whatever name. Bytes are keyed by
+//! digest, failures are not: who joined the making of an image from another source and saw it fail goes on from its
+//! own source alone. Layers are fetched from the top down, because the converter reads the top one first, and flow to
+//! it while they arrive.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,9 +16,8 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use serde::Deserialize;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
-use crate::admit::admit;
 use crate::catalogue::{Catalogue, ImageRow};
 use crate::fetch::{Blob, FetchError, Fetcher, Want, feed};
 use crate::flight::Flights;
@@ -26,6 +27,7 @@ use crate::resolve::{Resolution, Resolver};
 use crate::rights::{self, Wanted};
 use crate::seal::protocol::{Answer, Request, SealRequest};
 use crate::sealer::Sealer;
+use crate::turns::{Asker, Turns};
 
 /// Bytes a pipe should hold. The kernel gives less when the daemon's pipes hold much already.
 const PIPE_SIZE: usize = 256 << 10;
@@ -34,6 +36,8 @@ const TELL: Duration = Duration::from_millis(200);
 /// How often a conversion is begun again because the sealer went away, or because of what an earlier run had left
 /// in the spool.
 const TRIES: u32 = 3;
+/// A conversion that gets less in ten seconds, and has no more to read, waits for its registry.
+const STARVED: u64 = 8 << 20;
 
 /// How far an image is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -46,13 +50,16 @@ pub struct Progress {
     pub converting: bool,
 }
 
-type Key = (Digest, Platform);
+/// The image, and the source that it is made from alone.
+type Key = (Digest, Platform, Option<String>);
+/// From which source it was made, and what came of it.
+type Made = (String, Result<ImageRow, ErrorBody>);
 
 /// Makes images. Clones share the work in flight.
 #[derive(Debug, Clone)]
 pub struct Maker {
     inner: Arc<Inner>,
-    flights: Arc<Flights<Key, Result<ImageRow, ErrorBody>>>,
+    flights: Arc<Flights<Key, Made>>,
     news: Arc<std::sync::Mutex<std::collections::HashMap<Key, watch::Receiver<Progress>>>>,
 }
 
@@ -63,7 +70,7 @@ struct Inner {
     sealer: Sealer,
     catalogue: Catalogue,
     metrics: Arc<Metrics>,
-    slots: Semaphore,
+    turns: Turns,
     max_bytes: u64,
 }
 
@@ -100,7 +107,7 @@ impl Maker {
                 sealer,
                 catalogue,
                 metrics,
-                slots: Semaphore::new(config.daemon.parallel_conversions),
+                turns: Turns::new(config.daemon.parallel_conversions),
                 max_bytes: config.convert.limits.max_bytes,
             }),
             flights: Arc::default(),
@@ -108,13 +115,33 @@ impl Maker {
         }
     }
 
-    /// The image, from the store or made now. `tell` hears how far it is, for a joined flight too.
+    /// The image, from the store or made now, for the user `uid`. `tell` hears how far it is, for a joined flight too.
     pub async fn make(
         &self,
         resolution: &Resolution,
+        uid: u32,
         mut tell: impl FnMut(Progress),
     ) -> Result<ImageRow, ErrorBody> {
-        let key = (resolution.manifest, resolution.platform.clone());
+        let own = source(resolution);
+        let (from, made) = self.fly(resolution, uid, None, &mut tell).await?;
+        match made {
+            Err(e) if from != own && is_of_source(e.kind) => {
+                tracing::warn!(digest = %resolution.manifest, error = %e, source = from, "another source failed, begun again from `{own}`");
+                self.fly(resolution, uid, Some(own), &mut tell).await?.1
+            }
+            made => made,
+        }
+    }
+
+    /// Joins the making of the image, or begins it; from one source `alone` where that is wanted.
+    async fn fly(
+        &self,
+        resolution: &Resolution,
+        uid: u32,
+        alone: Option<String>,
+        mut tell: impl FnMut(Progress),
+    ) -> Result<Made, ErrorBody> {
+        let key = (resolution.manifest, resolution.platform.clone(), alone);
         let mut news = None;
         let work = || {
             let (tx, rx) = watch::channel(Progress::default());
@@ -122,9 +149,9 @@ impl Maker {
             let (all_news, key) = (self.news.clone(), key.clone());
             lock(&all_news).insert(key.clone(), rx);
             async move {
-                let made = inner.make(&resolution, &tx).await;
+                let made = inner.make(&resolution, uid, key.2.is_some(), &tx).await;
                 lock(&all_news).remove(&key);
-                made
+                (source(&resolution), made)
             }
         };
         let mut made = std::pin::pin!(self.flights.join(&key, work));
@@ -137,13 +164,39 @@ impl Maker {
             };
             tokio::select! {
                 biased;
-                made = &mut made => return made.unwrap_or_else(|e| Err(internal(e.to_string()))),
+                made = &mut made => return made.map_err(|e| internal(e.to_string())),
                 () = heard => match &mut news {
                     None => news = Some(lock(&self.news).get(&key).cloned().unwrap_or_else(silence)),
                     Some(news) => tell(*news.borrow_and_update()),
                 },
             }
         }
+    }
+}
+
+/// Where a reference's bytes come from.
+fn source(resolution: &Resolution) -> String {
+    let reference = &resolution.reference;
+    format!("{}/{}", reference.registry(), reference.repository())
+}
+
+/// Whether a failure may be that of the source, and another one may do better.
+fn is_of_source(kind: ErrorKind) -> bool {
+    match kind {
+        ErrorKind::UnknownImage
+        | ErrorKind::Unauthorized
+        | ErrorKind::Denied
+        | ErrorKind::UpstreamUnavailable
+        | ErrorKind::DigestMismatch
+        | ErrorKind::NotFound
+        | ErrorKind::Internal => true,
+        ErrorKind::BadRequest
+        | ErrorKind::BadReference
+        | ErrorKind::NoPlatform
+        | ErrorKind::CorruptLayer
+        | ErrorKind::DiskFull
+        | ErrorKind::StoreUnavailable
+        | ErrorKind::ConversionFailed => false,
     }
 }
 
@@ -168,17 +221,18 @@ impl Inner {
     async fn make(
         &self,
         resolution: &Resolution,
+        uid: u32,
+        mut alone: bool,
         news: &watch::Sender<Progress>,
     ) -> Result<ImageRow, ErrorBody> {
         let (manifest, platform) = (&resolution.manifest, &resolution.platform);
         let mut tried = 0;
-        let mut alone = false;
         loop {
             tried += 1;
             if let Some(image) = self.catalogue.image(manifest, platform).await? {
                 return Ok(image);
             }
-            match self.attempt(resolution, alone, news).await {
+            match self.attempt(resolution, (alone, uid), news).await {
                 Ok(image) => return Ok(image),
                 Err(Attempt::Sealer(e)) if tried < TRIES => {
                     tracing::warn!(digest = %manifest, error = %e, "begun again");
@@ -201,7 +255,7 @@ impl Inner {
     async fn attempt(
         &self,
         resolution: &Resolution,
-        alone: bool,
+        (alone, uid): (bool, u32),
         news: &watch::Sender<Progress>,
     ) -> Result<ImageRow, Attempt> {
         let reference = &resolution.reference;
@@ -210,16 +264,16 @@ impl Inner {
             .manifest(reference, resolution.manifest)
             .await?;
         manifest.check(self.max_bytes)?;
-        let admission = admit(resolution, &manifest);
-        let config = self.config(resolution, &manifest, alone).await?;
+        let admission = self.resolver.admit(reference)?;
+        let config = self.config(resolution, &manifest, (alone, uid)).await?;
         // From the top down: transfers start in the order in which they are asked for.
         let mut blobs = Vec::new();
         for layer in manifest.layers.iter().rev() {
-            blobs.push(self.fetch(resolution, layer, alone)?);
+            blobs.push(self.fetch(resolution, layer, (alone, uid))?);
         }
         blobs.reverse();
         news.send_modify(|p| p.total = manifest.layer_bytes());
-        rights::check(&self.catalogue, &self.fetcher, &blobs).await?;
+        rights::check(&self.catalogue, &self.fetcher, &blobs, uid).await?;
 
         let request = Request::Seal(SealRequest {
             manifest_digest: manifest.digest,
@@ -229,12 +283,27 @@ impl Inner {
             admission,
         });
         let told = tell(&blobs, news);
-        let noted = rights::note(&self.catalogue, &blobs);
+        let noted = rights::note(&self.catalogue, &self.fetcher, &blobs);
         let sealed = async {
             // Transfers go on while this image waits for its turn.
-            let _slot = self.slots.acquire().await;
+            let asker = Asker {
+                uid,
+                registry: reference.registry().into(),
+            };
+            let mut turn = self.turns.ask(asker).await;
             self.sealer.ready().await?;
-            self.seal(&request, &blobs, news).await
+            let mut before = 0;
+            let is_starved = || {
+                let now = *news.borrow();
+                let fetched = std::mem::replace(&mut before, now.fetched);
+                now.fetched < now.total
+                    && now.fetched - now.converted.min(now.fetched) < STARVED
+                    && now.fetched - fetched < STARVED
+            };
+            tokio::select! {
+                sealed = self.seal(&request, &blobs, news) => sealed,
+                never = turn.lend_when(is_starved) => match never {},
+            }
         };
         let image = tokio::select! {
             sealed = sealed => sealed?,
@@ -250,7 +319,7 @@ impl Inner {
         &self,
         resolution: &Resolution,
         manifest: &Manifest,
-        alone: bool,
+        (alone, uid): (bool, u32),
     ) -> Result<String, Attempt> {
         #[derive(Deserialize)]
         struct For {
@@ -261,11 +330,11 @@ impl Inner {
             #[serde(default)]
             variant: Option<String>,
         }
-        let (blob, want) = self.fetch(resolution, &manifest.config, alone)?;
+        let (blob, want) = self.fetch(resolution, &manifest.config, (alone, uid))?;
         let file = blob.wait().await;
         let file = file.map_err(|e| fetch_failed(&blob, &want, e))?;
         let blobs = [(blob.clone(), want)];
-        rights::check(&self.catalogue, &self.fetcher, &blobs).await?;
+        rights::check(&self.catalogue, &self.fetcher, &blobs, uid).await?;
         let size = blob.size as usize;
         let read = tokio::task::spawn_blocking(move || {
             let mut bytes = vec![0; size];
@@ -300,7 +369,7 @@ impl Inner {
         &self,
         resolution: &Resolution,
         descriptor: &Descriptor,
-        alone: bool,
+        (alone, uid): (bool, u32),
     ) -> Result<Wanted, ErrorBody> {
         let want = Want {
             registry: resolution.reference.registry().into(),
@@ -308,7 +377,7 @@ impl Inner {
             digest: descriptor.digest,
             size: descriptor.size,
         };
-        let blob = self.fetcher.ensure(want.clone(), alone);
+        let blob = self.fetcher.ensure(want.clone(), alone, uid);
         let blob = blob.map_err(|e| internal(format!("cannot use the spool: {e}")))?;
         Ok((blob, want))
     }

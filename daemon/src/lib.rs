@@ -22,6 +22,7 @@ pub mod serve;
 pub mod start;
 #[cfg(test)]
 mod testbed;
+pub mod turns;
 
 /// Installs the one TLS provider of the process (two are compiled in by dependencies, and rustls takes neither by
 /// itself). Does nothing the second time.

@@ -15,7 +15,7 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::catalogue::{Catalogue, CatalogueError, scan};
+use crate::catalogue::{Bounds, Catalogue, CatalogueError, scan};
 use crate::convert::Maker;
 use crate::fetch::Fetcher;
 use crate::metrics::Metrics;
@@ -28,6 +28,8 @@ use crate::{install_tls, notify};
 
 /// How long requests in flight may take once the daemon was told to end.
 const GRACE: Duration = Duration::from_secs(5);
+/// How often the catalogue is tidied.
+const TIDY: Duration = Duration::from_secs(3600);
 const META_STORE: &str = "store-uuid";
 
 /// Why the daemon does not run.
@@ -142,14 +144,16 @@ pub async fn run(
     };
     let mut serving = std::pin::pin!(serving);
     let begun = async {
-        begin(&app).await?;
+        if let Err(e) = begin(&app).await {
+            return StartError::from(e);
+        }
         if sealer.ready().await.is_ok() {
             notify::ready();
             tracing::info!(socket = %config.api.socket.display(), "ready");
         } else {
             tracing::error!("the sealer does not answer: nothing can be pulled until it does");
         }
-        std::future::pending::<Result<(), StartError>>().await
+        match tidy(&app).await {}
     };
     let result = tokio::select! {
         biased;
@@ -162,7 +166,7 @@ pub async fn run(
             }
         }
         served = &mut serving => served.map_err(StartError::Serve),
-        Err(e) = begun => Err(e),
+        failed = begun => Err(failed),
         Some(code) = &mut sealer_runs => Err(StartError::Sealer(code)),
     };
     stop.cancel();
@@ -206,6 +210,7 @@ pub(crate) async fn assemble(config: Arc<Config>) -> Result<Arc<App>, StartError
         metrics.clone(),
     );
     let pulls = Pulls::new(
+        &config,
         resolver.clone(),
         maker,
         sealer.clone(),
@@ -235,12 +240,30 @@ pub(crate) async fn begin(app: &App) -> Result<(), CatalogueError> {
         added = scanned.added,
         removed = scanned.removed,
         refused = scanned.refused,
+        references = scanned.references,
         "the store was compared with the catalogue"
     );
     app.fetcher.trim();
     let resumed = app.pulls.resume().await;
     resumed.map_err(|e| CatalogueError::Content(e.message))?;
     Ok(())
+}
+
+/// Forgets what is too old or too much, now and then. Never ends.
+async fn tidy(app: &App) -> std::convert::Infallible {
+    let mut tick = tokio::time::interval(TIDY);
+    loop {
+        tick.tick().await;
+        match app
+            .catalogue
+            .prune(Timestamp::now(), &Bounds::default())
+            .await
+        {
+            Ok(0) => {}
+            Ok(removed) => tracing::info!(removed, "the catalogue forgot what is old"),
+            Err(e) => tracing::error!(error = %e, "the catalogue cannot forget what is old"),
+        }
+    }
 }
 
 /// The sealer as our child, where the site wants that and none runs. Ends with its code when it can never run.

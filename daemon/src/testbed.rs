@@ -13,10 +13,11 @@ use std::time::Duration;
 use berth_client::api::{ErrorKind, Pull};
 use berth_config::Config;
 use berth_image::record::{Admission, Conversion, DataFile, RunConfig};
-use berth_image::{Digest, ImageRef, Platform, PrivateKey, Record, Store, layout};
+use berth_image::{Digest, ImageRef, Platform, PrivateKey, Record, RefEntry, Store, layout};
 use jiff::Timestamp;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
+use crate::fetch::{Lane, Spool};
 use crate::resolve::manifest::{Document, parse};
 use crate::seal::protocol::{Answer, Progress, Request, SealFailure, SealRequest, Sealed, Status};
 use crate::serve::App;
@@ -97,6 +98,11 @@ impl Site {
         );
         let mut config = Config::parse(&text).unwrap();
         config.daemon.state_dir = self.dir.path().join("state");
+        // The registries of tests are in this process.
+        config.policy.networks = vec!["127.0.0.0/8".parse().unwrap()];
+        if !self.more.contains("failure_ttl_s") {
+            config.daemon.failure_ttl_s = 0;
+        }
         config
     }
 
@@ -107,9 +113,17 @@ impl Site {
         app
     }
 
-    pub(crate) fn spool(&self, digest: &Digest, suffix: &str) -> PathBuf {
-        let spool = self.dir.path().join("state/spool/sha256");
-        spool.join(format!("{}{suffix}", digest.hex()))
+    pub(crate) fn spool(&self, digest: &Digest) -> PathBuf {
+        self.dir
+            .path()
+            .join("state/spool/sha256")
+            .join(digest.hex())
+    }
+
+    /// Where what `registry` sends is gathered.
+    pub(crate) fn part(&self, digest: &Digest, registry: &str) -> PathBuf {
+        let spool = Spool::open(&self.dir.path().join("state")).unwrap();
+        spool.part_path(digest, &Lane::shared(registry))
     }
 }
 
@@ -149,6 +163,16 @@ fn answer(mut stream: UnixStream, store: &Store, key: &PrivateKey, counts: &Seal
         Request::Ref(r) => {
             let text = format!("{} {}", r.reference, r.manifest);
             counts.refs.lock().unwrap().push(text);
+            let entry = RefEntry {
+                reference: r.reference.clone(),
+                top: r.top,
+                manifests: [(r.platform, r.manifest)].into(),
+                serial: 1,
+                resolved_at: r.resolved_at,
+            };
+            store
+                .publish_bytes(&layout::ref_entry(&r.reference), &entry.seal(key).unwrap())
+                .unwrap();
             Answer::RefWritten { serial: 1 }
         }
         Request::Remove { manifest, platform } => Answer::Removed {

@@ -5,6 +5,7 @@
 
 mod images;
 mod pins;
+mod prune;
 mod pulls;
 mod scan;
 mod sources;
@@ -19,7 +20,8 @@ use sqlx::SqlitePool;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 
 pub use images::ImageRow;
-pub use pulls::OpenPull;
+pub use prune::Bounds;
+pub use pulls::{EndedPull, OpenPull};
 pub use scan::scan;
 pub use tags::TagRow;
 

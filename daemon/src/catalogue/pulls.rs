@@ -1,7 +1,8 @@
-//! Pulls that have not ended: a restart goes on with them.
+//! Pulls that have not ended, with which a restart goes on, and those that have, for those who ask.
 
 use std::collections::BTreeSet;
 
+use berth_client::api::Pull;
 use berth_image::{ImageRef, Platform};
 use jiff::Timestamp;
 use sqlx::Row as _;
@@ -15,6 +16,14 @@ pub struct OpenPull {
     pub reference: ImageRef,
     pub platform: Platform,
     pub started_at: Timestamp,
+    /// Who asked for it.
+    pub uids: BTreeSet<u32>,
+}
+
+/// A pull that has ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndedPull {
+    pub pull: Pull,
     /// Who asked for it.
     pub uids: BTreeSet<u32>,
 }
@@ -41,12 +50,47 @@ impl Catalogue {
         Ok(transaction.commit().await?)
     }
 
-    pub async fn end_pull(&self, id: &str) -> Result<(), CatalogueError> {
+    /// Notes that a pull has ended, and how.
+    pub async fn end_pull(&self, ended: &EndedPull) -> Result<(), CatalogueError> {
+        let uids: Vec<String> = ended.uids.iter().map(u32::to_string).collect();
+        let pull = serde_json::to_string(&ended.pull)
+            .map_err(|e| CatalogueError::Content(e.to_string()))?;
+        let mut transaction = self.pool.begin().await?;
         sqlx::query("DELETE FROM pulls WHERE id = $1")
-            .bind(id)
-            .execute(&self.pool)
+            .bind(&ended.pull.id)
+            .execute(&mut *transaction)
             .await?;
-        Ok(())
+        sqlx::query(
+            "INSERT INTO ended_pulls (id, ended_at, uids, pull) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING",
+        )
+        .bind(&ended.pull.id)
+        .bind(Timestamp::now().as_second())
+        .bind(uids.join(" "))
+        .bind(pull)
+        .execute(&mut *transaction)
+        .await?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// The last `number` pulls that ended, oldest first.
+    pub async fn ended_pulls(&self, number: usize) -> Result<Vec<EndedPull>, CatalogueError> {
+        let rows =
+            sqlx::query("SELECT uids, pull FROM ended_pulls ORDER BY ended_at DESC LIMIT $1")
+                .bind(i64::try_from(number).unwrap_or(i64::MAX))
+                .fetch_all(&self.pool)
+                .await?;
+        let mut ended = Vec::new();
+        for row in rows.iter().rev() {
+            let uids: &str = row.try_get(0)?;
+            // A row of another version of the daemon may not be readable: then it is not known any more.
+            if let Ok(pull) = serde_json::from_str(row.try_get(1)?) {
+                ended.push(EndedPull {
+                    pull,
+                    uids: uids.split(' ').filter_map(|u| u.parse().ok()).collect(),
+                });
+            }
+        }
+        Ok(ended)
     }
 
     /// What had not ended when the last daemon did.

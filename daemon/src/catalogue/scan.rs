@@ -1,11 +1,14 @@
-//! Brings the catalogue into line with the store: images by their signed records.
+//! Brings the catalogue into line with the store: images by their signed records, and what references stand for by
+//! the signed entries in `refs/`.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use berth_image::{Digest, Platform, PublicKey, Record, Store, envelope, layout};
+use berth_image::{
+    Digest, ImageRef, Platform, PublicKey, Record, RefEntry, Store, envelope, layout,
+};
 
-use super::{Catalogue, CatalogueError, ImageRow};
+use super::{Catalogue, CatalogueError, ImageRow, TagRow};
 
 /// What a scan changed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -14,6 +17,8 @@ pub struct Scanned {
     pub removed: usize,
     /// Image folders whose record could not be read or believed.
     pub refused: usize,
+    /// References that were learned from the store.
+    pub references: usize,
 }
 
 /// Adds the images that the store has and the catalogue lacks or has otherwise, and removes those that are gone.
@@ -28,6 +33,9 @@ pub async fn scan(
         .filter(|i| std::path::Path::new(&i.path).exists())
         .map(|i| (i.manifest, i.platform))
         .collect();
+    let known_refs = catalogue.published_references().await?;
+    let (of_refs, with_keys) = (store.clone(), keys.clone());
+    let refs = tokio::task::spawn_blocking(move || read_refs(&of_refs, &with_keys, &known_refs));
     let read = tokio::task::spawn_blocking(move || read_store(&store, &keys, &known));
     let (present, new, refused) = (read.await)
         .map_err(|e| CatalogueError::Content(e.to_string()))?
@@ -48,7 +56,51 @@ pub async fn scan(
             scanned.removed += 1;
         }
     }
+    let refs = (refs.await)
+        .map_err(|e| CatalogueError::Content(e.to_string()))?
+        .map_err(|e| CatalogueError::Content(format!("cannot read the store: {e}")))?;
+    for entry in refs {
+        scanned.references += 1;
+        for (platform, manifest) in &entry.manifests {
+            // What the catalogue has of a registry's own answer is younger.
+            if catalogue.tag(&entry.reference, platform).await?.is_some() {
+                continue;
+            }
+            let row = TagRow {
+                top: entry.top,
+                manifest: *manifest,
+                checked_at: entry.resolved_at,
+                published: true,
+            };
+            catalogue.put_tag(&entry.reference, platform, &row).await?;
+            (catalogue.mark_published(&entry.reference, platform, &entry.top, manifest)).await?;
+        }
+    }
     Ok(scanned)
+}
+
+/// The entries of references that are not `known`. One that is not believed is said and left out.
+fn read_refs(
+    store: &Store,
+    keys: &[PublicKey],
+    known: &HashSet<ImageRef>,
+) -> std::io::Result<Vec<RefEntry>> {
+    let mut entries = Vec::new();
+    for (reference, path) in store.ref_entries()? {
+        if known.contains(&reference) {
+            continue;
+        }
+        let read = (store.read(&path, envelope::MAX_ENVELOPE))
+            .map_err(|e| e.to_string())
+            .and_then(|bytes| RefEntry::open(&bytes, keys, &reference).map_err(|e| e.to_string()));
+        match read {
+            Ok((entry, _)) => entries.push(entry),
+            Err(why) => {
+                tracing::error!(image = %reference, why, "a reference's entry is not believed");
+            }
+        }
+    }
+    Ok(entries)
 }
 
 type Found = (HashSet<(Digest, Platform)>, Vec<ImageRow>, usize);

@@ -1,5 +1,7 @@
 //! Manifests, and what references stood for.
 
+use std::collections::HashSet;
+
 use berth_client::api::Job;
 use berth_image::{Digest, ImageRef, Platform};
 use jiff::Timestamp;
@@ -109,6 +111,15 @@ impl Catalogue {
         .execute(&self.pool)
         .await?;
         Ok(())
+    }
+
+    /// The references whose signed entry the catalogue knows.
+    pub async fn published_references(&self) -> Result<HashSet<ImageRef>, CatalogueError> {
+        let query = sqlx::query_scalar(
+            "SELECT DISTINCT reference FROM tags WHERE published = top || ' ' || manifest",
+        );
+        let names: Vec<String> = query.fetch_all(&self.pool).await?;
+        names.iter().map(|name| parsed(name)).collect()
     }
 
     /// The references that stand for an image at present, sorted.

@@ -114,6 +114,11 @@ impl Blob {
         self.from.as_ref() == Some(want)
     }
 
+    /// Whether it is being sent by the registry that `want` names.
+    pub fn comes_from_registry(&self, want: &Want) -> bool {
+        (self.from.as_ref()).is_some_and(|from| from.registry == want.registry)
+    }
+
     pub(super) fn whole(digest: Digest, size: u64, file: File) -> Self {
         let (_, frontier) = watch::channel(Frontier {
             file: Some(Arc::new(file)),

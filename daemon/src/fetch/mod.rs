@@ -1,9 +1,9 @@
 //! Stage three: blobs into the spool, each over the wide link once.
 //!
 //! One transfer per digest is in flight, whoever asks and under whatever name. It is nobody's child: it ends when it
-//! is done or when nobody holds its [`Blob`] any more. Who
-//! joined another source's transfer and saw it fail may fetch the blob anew from its own source alone. Transfers start in the order in which they were asked for, at
-//! most `parallel_fetches` at a time.
+//! is done or when nobody holds its [`Blob`] any more. Who joined another source's transfer and saw it fail may fetch
+//! the blob anew from its own source alone. At most `parallel_fetches` transfers run at a time; users and registries
+//! share them ([`crate::turns`]), and what one user wants of one registry starts in the order of asking.
 
 mod blob;
 mod feed;
@@ -13,23 +13,28 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use axum::body::Bytes;
 use berth_config::Config;
 use berth_image::Digest;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub use blob::{Blob, FetchError, Frontier, State};
 pub use feed::feed;
-pub use spool::Spool;
+pub use spool::{Lane, Spool};
 
 use crate::metrics::Metrics;
 use crate::registry::{Registries, RegistryError, retry};
+use crate::turns::{Asker, Turn, Turns};
 use blob::Writer;
-use spool::{Held, Lane};
+use spool::Held;
 
 /// A try that brings so many bytes was not in vain and is not counted, so that a huge blob over a link that breaks
 /// now and then arrives, while one that never gets anywhere fails after `fetch_attempts`.
 const WORTH: u64 = 1 << 20;
+/// A transfer that brings less in ten seconds lends its slot.
+const SLOW: u64 = 2 << 20;
 
 /// A blob that is wanted, and where it may be had.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,11 +56,12 @@ pub struct Fetcher {
 struct Inner {
     registries: Arc<Registries>,
     spool: Spool,
-    slots: Arc<Semaphore>,
+    turns: Turns,
     attempts: u32,
     limit: u64,
     metrics: Arc<Metrics>,
-    live: Mutex<HashMap<(Digest, Lane), Live>>,
+    /// By digest, and by repository where it is fetched from alone.
+    live: Mutex<HashMap<(Digest, Option<String>), Live>>,
 }
 
 #[derive(Debug)]
@@ -75,7 +81,7 @@ impl Fetcher {
             inner: Arc::new(Inner {
                 registries,
                 spool: Spool::open(&config.daemon.state_dir)?,
-                slots: Arc::new(Semaphore::new(config.daemon.parallel_fetches)),
+                turns: Turns::new(config.daemon.parallel_fetches),
                 attempts: config.daemon.fetch_attempts,
                 limit: config.daemon.spool_bytes,
                 metrics,
@@ -86,14 +92,15 @@ impl Fetcher {
 
     /// The blob, from the spool, from a transfer in flight, or from a new one, which takes its place in the queue
     /// before this returns. With `alone`, only what `want`'s own source sends counts beside whole blobs.
-    pub fn ensure(&self, want: Want, alone: bool) -> io::Result<Arc<Blob>> {
+    pub fn ensure(&self, want: Want, alone: bool, uid: u32) -> io::Result<Arc<Blob>> {
         let inner = &self.inner;
         let mut live = inner.live.lock().unwrap_or_else(PoisonError::into_inner);
-        let lane = match alone {
-            true => Lane::of(&format!("{}/{}", want.registry, want.repository)),
-            false => Lane::default(),
+        let source = format!("{}/{}", want.registry, want.repository);
+        let (lane, source) = match alone {
+            true => (Lane::alone(&source), Some(source)),
+            false => (Lane::shared(&want.registry), None),
         };
-        let key = (want.digest, lane.clone());
+        let key = (want.digest, source);
         if let Some(blob) = live.get(&key).and_then(|l| l.blob.upgrade())
             && !blob.has_failed()
             && blob.size == want.size
@@ -110,9 +117,9 @@ impl Fetcher {
                 let cancel = CancellationToken::new();
                 let blob = Arc::new(Blob::coming(want.clone(), rx, cancel.clone()));
                 let (inner, writing) = (inner.clone(), writing.clone());
-                let slot = queue(&inner.slots);
+                let turn = inner.turns.ask(want.asker(uid));
                 tokio::spawn(async move {
-                    let transfer = inner.transfer((&want, lane), slot, &writing, &tx, &cancel);
+                    let transfer = inner.transfer((&want, lane), turn, &writing, &tx, &cancel);
                     let state = match transfer.await {
                         Ok(()) => State::Whole,
                         Err(e) => State::Failed(e),
@@ -141,6 +148,50 @@ impl Fetcher {
             .await
     }
 
+    /// Has the repository send the whole blob, and keeps nothing of it: who can send it, has it.
+    pub async fn prove(&self, want: &Want, uid: u32) -> Result<(), FetchError> {
+        let inner = &self.inner;
+        let mut turn = inner.turns.ask(want.asker(uid)).await;
+        let bytes = std::sync::atomic::AtomicU64::new(0);
+        let mut before = 0;
+        let is_slow = || {
+            let now = bytes.load(std::sync::atomic::Ordering::Relaxed);
+            now - std::mem::replace(&mut before, now) < SLOW
+        };
+        let mut hasher = Sha256::new();
+        let mut url = String::new();
+        let received = inner.receive(want, 0, &mut url, |piece: Bytes| {
+            hasher.update(&piece);
+            bytes.fetch_add(piece.len() as u64, std::sync::atomic::Ordering::Relaxed);
+            std::future::ready(true)
+        });
+        tokio::select! {
+            received = received => received?,
+            never = turn.lend_when(is_slow) => match never {},
+        }
+        let found = Digest::from_bytes(hasher.finalize().into());
+        if found == want.digest {
+            return Ok(());
+        }
+        Err(FetchError::Digest {
+            url,
+            expected: want.digest,
+            found,
+            resumed: false,
+        })
+    }
+
+    /// Who the registry of `want` sees in us.
+    pub fn credential(&self, want: &Want) -> Result<String, RegistryError> {
+        let registry = self.inner.registries.get(&want.registry)?;
+        Ok(registry.credential())
+    }
+
+    /// Whether the site believes what the registry of `want` says of itself.
+    pub fn is_trusted(&self, want: &Want) -> bool {
+        self.inner.registries.is_trusted(&want.registry)
+    }
+
     /// Forgets blobs whose content turned out to be no good, so that they are fetched again.
     pub fn discard(&self, digests: &[Digest]) {
         for digest in digests {
@@ -165,15 +216,11 @@ impl Fetcher {
     }
 }
 
-/// A place in the queue for a slot, taken now; the future ends when the slot is there.
-fn queue(slots: &Arc<Semaphore>) -> impl Future<Output = Option<OwnedSemaphorePermit>> + use<> {
-    let mut slot = Box::pin(slots.clone().acquire_owned());
-    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-    let first = slot.as_mut().poll(&mut context);
-    async move {
-        match first {
-            std::task::Poll::Ready(permit) => permit.ok(),
-            std::task::Poll::Pending => slot.await.ok(),
+impl Want {
+    fn asker(&self, uid: u32) -> Asker {
+        Asker {
+            uid,
+            registry: self.registry.clone(),
         }
     }
 }
@@ -182,14 +229,14 @@ impl Inner {
     async fn transfer(
         &self,
         (want, lane): (&Want, Lane),
-        slot: impl Future<Output = Option<OwnedSemaphorePermit>>,
+        turn: impl Future<Output = Turn>,
         writing: &tokio::sync::Mutex<()>,
         frontier: &watch::Sender<Frontier>,
         cancel: &CancellationToken,
     ) -> Result<(), FetchError> {
         let given_up = || FetchError::Cancelled(want.digest);
-        let _slot = tokio::select! {
-            slot = slot => slot,
+        let mut turn = tokio::select! {
+            turn = turn => turn,
             () = cancel.cancelled() => return Err(given_up()),
         };
         let _writing = writing.lock().await;
@@ -198,8 +245,19 @@ impl Inner {
             Writer::start(spool, (want.digest, lane.clone()), want.size, tx).await?;
         // The writer is always waited for: nobody else may open the part before it has stopped.
         let mut url = String::new();
+        let mut before = there;
+        let is_slow = || {
+            let now = frontier.borrow().bytes;
+            now - std::mem::replace(&mut before, now) < SLOW
+        };
+        let received = self.receive(want, there, &mut url, |piece| {
+            // A writer that has failed says why when it is asked.
+            let pieces = &writer.pieces;
+            async move { pieces.send(piece).await.is_ok() }
+        });
         let received = tokio::select! {
-            received = self.receive(want, &writer, there, &mut url) => received,
+            received = received => received,
+            never = turn.lend_when(is_slow) => match never {},
             () = cancel.cancelled() => Err(given_up()),
         };
         let written = writer.finish(want.digest).await?;
@@ -223,13 +281,13 @@ impl Inner {
             })
     }
 
-    /// Brings the bytes from `offset` on to the writer, over as many tries as are allowed.
-    async fn receive(
+    /// Brings the bytes from `offset` on, over as many tries as are allowed, for as long as `take` wants more.
+    async fn receive<F: Future<Output = bool>>(
         &self,
         want: &Want,
-        writer: &Writer,
         mut offset: u64,
         url: &mut String,
+        mut take: impl FnMut(Bytes) -> F,
     ) -> Result<(), FetchError> {
         let registry = self.registries.get(&want.registry)?;
         let mut failures = 0;
@@ -243,8 +301,7 @@ impl Inner {
                 while let Some(piece) = stream.next().await? {
                     offset += piece.len() as u64;
                     self.metrics.upstream_bytes.inc_by(piece.len() as u64);
-                    if writer.pieces.send(piece).await.is_err() {
-                        // The writer has failed and says why when it is asked.
+                    if !take(piece).await {
                         return Ok(());
                     }
                 }

@@ -1,5 +1,8 @@
-//! The spool on disk: `spool/sha256/<hex>` for whole blobs, `<hex>.part` for those on their way, and
-//! `<hex>.<source>.part` for what one source alone sends.
+//! The spool on disk: `spool/sha256/<hex>` for whole blobs, `<hex>.<lane>.part` for those on their way. A lane is a
+//! registry, or one repository that is fetched from alone.
+//!
+//! A part holds what one registry sent, and the last byte of a blob is always asked for: a registry gets nothing that
+//! it did not have, not even what another one's broken transfer left ([`crate::rights`]).
 //!
 //! Invariant: a file without `.part` had its digest when it was renamed. It is not synced: after a power failure it
 //! may be short, so its size is compared at every use, and the converter compares every layer's content with the
@@ -22,14 +25,28 @@ pub struct Spool {
     dir: PathBuf,
 }
 
-/// Whose bytes a part holds: by default whoever's, so that one transfer serves all; or one source's alone.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
-pub struct Lane(Option<String>);
+/// Whose bytes a part holds.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Lane {
+    name: String,
+    alone: bool,
+}
 
 impl Lane {
-    /// The lane of one source.
-    pub fn of(source: &str) -> Self {
-        Self(Some(Digest::of(source.as_bytes()).hex()[..16].to_owned()))
+    /// Of a registry, whose transfer serves all.
+    pub fn shared(registry: &str) -> Self {
+        Self {
+            name: Digest::of(registry.as_bytes()).hex()[..16].to_owned(),
+            alone: false,
+        }
+    }
+
+    /// Of one repository alone.
+    pub fn alone(source: &str) -> Self {
+        Self {
+            alone: true,
+            ..Self::shared(source)
+        }
     }
 }
 
@@ -71,9 +88,9 @@ impl Spool {
         self.dir.join(digest.hex())
     }
 
-    fn part_path(&self, digest: &Digest, lane: &Lane) -> PathBuf {
-        let lane = lane.0.as_ref().map(|l| format!(".{l}")).unwrap_or_default();
-        self.dir.join(format!("{}{lane}.part", digest.hex()))
+    pub(crate) fn part_path(&self, digest: &Digest, lane: &Lane) -> PathBuf {
+        self.dir
+            .join(format!("{}.{}.part", digest.hex(), lane.name))
     }
 
     /// The whole blob, if it is there. Marks it as used now.
@@ -117,10 +134,12 @@ impl Spool {
             .open(self.part_path(digest, lane))?;
         let found = file.metadata()?.len();
         if found > size {
-            if lane == &Lane::default() {
+            if !lane.alone {
                 return Ok(Err(found));
             }
             file.set_len(0)?;
+        } else if found == size && size > 0 {
+            file.set_len(size - 1)?;
         }
         let (mut hasher, mut length) = (Sha256::new(), 0);
         hash(&mut file, &mut hasher, &mut length)?;
@@ -141,10 +160,11 @@ impl Spool {
         remove(&self.part_path(digest, lane))
     }
 
-    /// Removes a blob and its part.
+    /// Removes a blob and its parts.
     pub fn remove(&self, digest: &Digest) -> io::Result<()> {
-        remove(&self.path(digest))?;
-        self.remove_part(digest, &Lane::default())
+        let files = self.files()?;
+        let mut ours = files.iter().filter(|f| f.digest == *digest);
+        ours.try_for_each(|f| remove(&f.path))
     }
 
     /// Everything in the spool, parts too. Files that are not the spool's are left alone.
@@ -197,7 +217,7 @@ mod tests {
     fn a_wrong_size_removes_nothing_good() {
         let dir = tempfile::tempdir().unwrap();
         let spool = Spool::open(dir.path()).unwrap();
-        let (good, shared) = (Digest::of(b"good"), Lane::default());
+        let (good, shared) = (Digest::of(b"good"), Lane::shared("r"));
         std::fs::write(spool.path(&good), b"good").unwrap();
         assert!(matches!(spool.whole(&good, 3).unwrap(), Held::OtherSize));
         assert_eq!(spool.settle(&good, 3).unwrap(), Some(4));
@@ -210,8 +230,11 @@ mod tests {
         std::fs::write(spool.part_path(&good, &shared), b"goo").unwrap();
         assert_eq!(spool.part(&good, &shared, 2).unwrap().unwrap_err(), 3);
         assert_eq!(spool.part(&good, &shared, 4).unwrap().unwrap().length, 3);
+        // The last byte is asked for even of a part that has it.
+        std::fs::write(spool.part_path(&good, &shared), b"good").unwrap();
+        assert_eq!(spool.part(&good, &shared, 4).unwrap().unwrap().length, 3);
         // A source's own part is its own.
-        let own = Lane::of("r/a");
+        let own = Lane::alone("r/a");
         std::fs::write(spool.part_path(&good, &own), b"gooood").unwrap();
         assert_eq!(spool.part(&good, &own, 4).unwrap().unwrap().length, 0);
         assert_eq!(spool.files().unwrap().len(), 2);

@@ -1,19 +1,22 @@
 //! A pull: what somebody asked for, on its way through all stages. One task a pull, one pull a reference and platform;
 //! who asks while it runs joins it. It is nobody's child, and a restart of the daemon goes on with it under its id.
 
+#[cfg(test)]
+mod others;
 mod table;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use berth_client::api::{ErrorBody, ErrorKind, Pull, PullState};
+use berth_config::Config;
 use berth_image::{ImageRef, Platform};
 use jiff::Timestamp;
 
-use crate::catalogue::{Catalogue, ImageRow, OpenPull};
+use crate::catalogue::{Catalogue, EndedPull, ImageRow, OpenPull};
 use crate::convert::{Maker, Progress};
 use crate::metrics::{Metrics, Outcome, PullLabels};
 use crate::resolve::{Resolution, Resolver};
@@ -21,7 +24,7 @@ use crate::seal::protocol::{Answer, RefRequest, Request};
 use crate::sealer::Sealer;
 
 pub use table::Entry;
-use table::{Table, lock};
+use table::{REMEMBERED, Table, lock};
 
 /// Pulls that one user may have in flight. Admins may have any number.
 const MAX_OF_USER: usize = 64;
@@ -40,10 +43,12 @@ struct Inner {
     catalogue: Catalogue,
     metrics: Arc<Metrics>,
     table: Mutex<Table>,
+    failure_ttl: Duration,
 }
 
 impl Pulls {
     pub fn new(
+        config: &Config,
         resolver: Resolver,
         maker: Maker,
         sealer: Sealer,
@@ -58,6 +63,7 @@ impl Pulls {
                 catalogue,
                 metrics,
                 table: Mutex::default(),
+                failure_ttl: Duration::from_secs(config.daemon.failure_ttl_s),
             }),
         }
     }
@@ -80,6 +86,10 @@ impl Pulls {
         let entry = {
             let mut table = lock(&inner.table);
             if let Some(entry) = table.running(&key) {
+                entry.join(uid);
+                return Ok(entry);
+            }
+            if let Some(entry) = table.failed(&key, inner.failure_ttl) {
                 entry.join(uid);
                 return Ok(entry);
             }
@@ -125,7 +135,7 @@ impl Pulls {
         let uids = BTreeSet::from([uid]);
         let entry = Entry::new(new_id()?, reference, &image.platform, now, uids);
         entry.update(|p| ready(p, image));
-        lock(&inner.table).end(None, &entry);
+        lock(&inner.table).hit(&entry);
         inner.count(Outcome::Hit);
         (inner.catalogue)
             .touch_image(&image.manifest, &image.platform)
@@ -133,8 +143,12 @@ impl Pulls {
         Ok(entry)
     }
 
-    /// Goes on with what the last daemon left.
+    /// Goes on with what the last daemon left, and remembers what it remembered.
     pub async fn resume(&self) -> Result<usize, ErrorBody> {
+        for ended in self.inner.catalogue.ended_pulls(REMEMBERED).await? {
+            let entry = Entry::ended(ended.pull, ended.uids);
+            lock(&self.inner.table).end(None, &entry);
+        }
         let open = self.inner.catalogue.open_pulls().await?;
         let number = open.len();
         for pull in open {
@@ -169,7 +183,13 @@ impl Pulls {
             let ended = inner.pull(&key, &entry, open.as_ref()).await;
             let id = entry.pull().id;
             // First: who hears of the end and asks again begins anew, and does not join what has ended.
-            lock(&inner.table).end(Some(&key), &entry);
+            {
+                let mut table = lock(&inner.table);
+                table.end(Some(&key), &entry);
+                if ended.is_err() {
+                    table.fail(&key, &entry);
+                }
+            }
             entry.update(|p| match &ended {
                 Ok(image) => ready(p, image),
                 Err(e) => {
@@ -194,7 +214,11 @@ impl Pulls {
                     tracing::warn!(pull = id, image = %key.0, error = %e, ms, "failed");
                 }
             }
-            if let Err(e) = inner.catalogue.end_pull(&id).await {
+            let ended = EndedPull {
+                pull: entry.pull(),
+                uids: entry.uids(),
+            };
+            if let Err(e) = inner.catalogue.end_pull(&ended).await {
                 tracing::error!(pull = id, error = %e, "cannot note that a pull has ended");
             }
         });
@@ -231,8 +255,9 @@ impl Inner {
             p.digest = Some(resolution.manifest.to_string());
             p.state = PullState::Fetching;
         });
+        let uid = entry.uids().first().copied().unwrap_or_default();
         let image = (self.maker)
-            .make(&resolution, |news| entry.update(|p| advance(p, news)))
+            .make(&resolution, uid, |news| entry.update(|p| advance(p, news)))
             .await?;
         entry.update(|p| p.state = PullState::Publishing);
         self.publish_reference(&resolution).await?;

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use berth_client::api::{Pull, PullState};
 use berth_image::{ImageRef, Platform};
@@ -9,7 +10,9 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 
 /// Ended pulls that can still be asked for.
-const REMEMBERED: usize = 1000;
+pub(super) const REMEMBERED: usize = 1000;
+/// Of those for which the image was there.
+const HITS: usize = 100;
 
 /// What a running pull is for.
 pub(super) type Key = (ImageRef, Platform);
@@ -49,6 +52,19 @@ impl Entry {
         })
     }
 
+    /// One that has ended, as it is remembered.
+    pub(super) fn ended(pull: Pull, uids: BTreeSet<u32>) -> Arc<Self> {
+        Arc::new(Self {
+            news: watch::Sender::new(pull),
+            uids: Mutex::new(uids),
+        })
+    }
+
+    /// Who asked for it.
+    pub(super) fn uids(&self) -> BTreeSet<u32> {
+        lock(&self.uids).clone()
+    }
+
     /// How it stands.
     pub fn pull(&self) -> Pull {
         self.news.borrow().clone()
@@ -84,6 +100,9 @@ pub(super) struct Table {
     by_id: HashMap<String, Arc<Entry>>,
     running: HashMap<Key, Arc<Entry>>,
     ended: VecDeque<String>,
+    hits: VecDeque<String>,
+    /// Those that failed lately, and when.
+    failed: HashMap<Key, (Arc<Entry>, Instant)>,
 }
 
 impl Table {
@@ -95,6 +114,19 @@ impl Table {
         self.running.get(key).cloned()
     }
 
+    /// The pull that failed less than `ttl` ago.
+    pub(super) fn failed(&mut self, key: &Key, ttl: Duration) -> Option<Arc<Entry>> {
+        self.failed.retain(|_, (_, at)| at.elapsed() < ttl);
+        self.failed.get(key).map(|(entry, _)| entry.clone())
+    }
+
+    pub(super) fn fail(&mut self, key: &Key, entry: &Arc<Entry>) {
+        if self.failed.len() < REMEMBERED {
+            self.failed
+                .insert(key.clone(), (entry.clone(), Instant::now()));
+        }
+    }
+
     pub(super) fn running_of(&self, uid: u32) -> usize {
         self.running.values().filter(|e| e.is_of(uid)).count()
     }
@@ -104,17 +136,21 @@ impl Table {
         self.by_id.insert(entry.pull().id, entry.clone());
     }
 
-    /// The pull has ended, or never had to run; it stays known for a while.
+    /// The pull has ended, now or in an earlier daemon; it stays known for a while.
     pub(super) fn end(&mut self, key: Option<&Key>, entry: &Arc<Entry>) {
         key.map(|key| self.running.remove(key));
         let id = entry.pull().id;
         self.by_id.insert(id.clone(), entry.clone());
-        self.ended.push_back(id);
-        if self.ended.len() > REMEMBERED
-            && let Some(oldest) = self.ended.pop_front()
-        {
-            self.by_id.remove(&oldest);
-        }
+        let forgotten = push(&mut self.ended, id, REMEMBERED);
+        forgotten.map(|id| self.by_id.remove(&id));
+    }
+
+    /// The pull never had to run: known for a short while, so that such do not push out those that ran.
+    pub(super) fn hit(&mut self, entry: &Arc<Entry>) {
+        let id = entry.pull().id;
+        self.by_id.insert(id.clone(), entry.clone());
+        let forgotten = push(&mut self.hits, id, HITS);
+        forgotten.map(|id| self.by_id.remove(&id));
     }
 
     /// Everything, oldest first.
@@ -126,6 +162,16 @@ impl Table {
 
     pub(super) fn in_flight(&self) -> usize {
         self.running.len()
+    }
+}
+
+/// Adds to a queue of at most `most`; returns what falls out.
+fn push(queue: &mut VecDeque<String>, id: String, most: usize) -> Option<String> {
+    queue.push_back(id);
+    if queue.len() > most {
+        queue.pop_front()
+    } else {
+        None
     }
 }
 

@@ -8,7 +8,7 @@ use super::*;
 use crate::registry::testing::{Fault, TestRegistry};
 use crate::testbed::{SOON, Site, blob_gets, pull, reference, wait_file};
 
-fn noise(seed: u8, size: usize) -> Vec<u8> {
+pub(super) fn noise(seed: u8, size: usize) -> Vec<u8> {
     let mut state = u32::from(seed) + 1;
     let next = |_| {
         state ^= state << 13;
@@ -19,7 +19,7 @@ fn noise(seed: u8, size: usize) -> Vec<u8> {
     (0..size).map(next).collect()
 }
 
-fn failure(pull: &Pull) -> (ErrorKind, String) {
+pub(super) fn failure(pull: &Pull) -> (ErrorKind, String) {
     assert_eq!(pull.state, PullState::Failed);
     let error = pull.error.clone().unwrap();
     (error.kind, error.message)
@@ -124,8 +124,8 @@ async fn damaged_bytes_are_never_called_whole_and_the_next_pull_is_good() {
     let (kind, message) = failure(&pull(&app, &name).await);
     assert_eq!(kind, ErrorKind::DigestMismatch);
     assert!(message.contains(&registry.host()) && message.contains(&image.layers[0].to_string()));
-    assert!(!site.spool(&image.layers[0], "").exists());
-    assert!(!site.spool(&image.layers[0], ".part").exists());
+    assert!(!site.spool(&image.layers[0]).exists());
+    assert!(!site.part(&image.layers[0], &registry.host()).exists());
     let again = pull(&app, &name).await;
     assert_eq!(again.state, PullState::Ready, "{:?}", again.error);
     assert_eq!(site.counts.lied.load(Ordering::SeqCst), 0);
@@ -149,7 +149,7 @@ async fn another_sources_garbage_or_wrong_size_is_not_ones_own_failure() {
     let app = site.daemon().await;
     let (name, platform) = (reference(&evil.host(), "e/e:1"), Platform::host());
     let first = app.pulls.start(&name, &platform, 7, false).await.unwrap();
-    wait_file(&site.spool(&bad.layers[0], ".part"), 100_000).await;
+    wait_file(&site.part(&bad.layers[0], &evil.host()), 100_000).await;
     let name = reference(&good.host(), "a/b:1");
     let second = app.pulls.start(&name, &platform, 8, false).await.unwrap();
     let mut news = second.news();
@@ -167,7 +167,7 @@ async fn another_sources_garbage_or_wrong_size_is_not_ones_own_failure() {
     evil.put_manifest("e/e", "2", "application/json", &text);
     let (kind, _) = failure(&pull(&app, &reference(&evil.host(), "e/e:2")).await);
     assert_eq!(kind, ErrorKind::DigestMismatch);
-    assert!(site.spool(&bad.layers[0], "").exists());
+    assert!(site.spool(&bad.layers[0]).exists());
     assert_eq!(site.counts.lied.load(Ordering::SeqCst), 0);
 }
 
@@ -252,7 +252,11 @@ async fn a_part_that_a_crash_spoiled_is_fetched_anew() {
     let (site, registry) = (Site::new(""), TestRegistry::start().await);
     let image = registry.push("a/b", "1", &[&noise(9, 100_000)]);
     let app = site.daemon().await;
-    std::fs::write(site.spool(&image.layers[0], ".part"), vec![0; 40_000]).unwrap();
+    std::fs::write(
+        site.part(&image.layers[0], &registry.host()),
+        vec![0; 40_000],
+    )
+    .unwrap();
     let ended = pull(&app, &reference(&registry.host(), "a/b:1")).await;
     assert_eq!(ended.state, PullState::Ready, "{:?}", ended.error);
     assert_eq!(site.counts.lied.load(Ordering::SeqCst), 0);
@@ -278,6 +282,8 @@ async fn a_lost_catalogue_is_made_from_the_store() {
     }
     let app = site.daemon().await;
     assert_eq!(app.catalogue.images().await.unwrap().len(), 1);
+    let references = app.catalogue.references(&image.digest).await.unwrap();
+    assert_eq!(references, [name.to_string()]);
     // The image's own digest needs no registry.
     drop(registry);
     let ended = pull(&app, &name.with_digest(image.digest)).await;

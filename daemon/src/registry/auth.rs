@@ -13,6 +13,7 @@ use super::challenge::Challenge;
 use super::client::{cause, read_limited};
 use super::credentials::Credential;
 use super::error::RegistryError;
+use super::guard::{Guard, forbidden};
 
 /// Largest answer of a token endpoint, in bytes.
 const MAX_TOKEN: u64 = 1 << 20;
@@ -20,10 +21,14 @@ const MAX_TOKEN: u64 = 1 << 20;
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 const LONGEST_LIFE: Duration = Duration::from_secs(3600);
 
+/// Repositories of a registry whose tokens are kept.
+const MAX_KEPT: usize = 1024;
+
 pub(super) struct Auth {
     host: String,
     pub(super) credential: Credential,
     kept: Mutex<HashMap<String, Arc<tokio::sync::Mutex<Option<Kept>>>>>,
+    guard: Guard,
     timeout: Duration,
 }
 
@@ -41,11 +46,12 @@ struct TokenAnswer {
 }
 
 impl Auth {
-    pub(super) fn new(host: &str, credential: Credential, timeout: Duration) -> Self {
+    pub(super) fn new(host: &str, credential: Credential, guard: Guard, timeout: Duration) -> Self {
         Self {
             host: host.into(),
             credential,
             kept: Mutex::default(),
+            guard,
             timeout,
         }
     }
@@ -106,6 +112,17 @@ impl Auth {
 
     fn slot(&self, repository: &str) -> Arc<tokio::sync::Mutex<Option<Kept>>> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() >= MAX_KEPT && !kept.contains_key(repository) {
+            // Slots that nobody waits at and that hold nothing of use; or, where all do, any: it costs a question more.
+            let idle = |slot: &mut Arc<tokio::sync::Mutex<Option<Kept>>>| match slot.try_lock() {
+                Ok(kept) => kept.as_ref().is_none_or(|k| k.until <= Instant::now()),
+                Err(_) => false,
+            };
+            kept.retain(|_, slot| !idle(slot));
+            if kept.len() >= MAX_KEPT {
+                kept.clear();
+            }
+        }
         kept.entry(repository.to_owned()).or_default().clone()
     }
 
@@ -130,6 +147,7 @@ impl Auth {
                 "its token realm is not https: no credential is sent there".into(),
             ));
         }
+        self.guard.check(&url)?;
         let request = match &self.credential {
             Credential::Identity { token, .. } => {
                 let form: String = Url::parse_with_params(
@@ -171,7 +189,10 @@ impl Auth {
         let response = tokio::time::timeout(self.timeout, request.send())
             .await
             .map_err(|_| unreachable("no answer".into()))?
-            .map_err(|e| unreachable(cause(&e)))?;
+            .map_err(|e| match forbidden(&e) {
+                Some(refused) => refused.into(),
+                None => unreachable(cause(&e)),
+            })?;
         let status = response.status();
         if matches!(status.as_u16(), 400 | 401 | 403) {
             return Err(RegistryError::Refused {

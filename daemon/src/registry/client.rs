@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use berth_config::RegistrySite;
+use berth_config::{Network, RegistrySite};
 use reqwest::header::{
     AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER, WWW_AUTHENTICATE,
 };
@@ -17,6 +17,7 @@ use super::auth::Auth;
 use super::challenge;
 use super::credentials::Credential;
 use super::error::RegistryError;
+use super::guard::{Guard, forbidden};
 use super::retry;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -30,6 +31,7 @@ pub struct Registry {
     endpoint: String,
     http: Client,
     auth: Auth,
+    guard: Guard,
     plain: AtomicBool,
     /// A loopback registry of which nobody said whether it speaks TLS.
     may_be_plain: bool,
@@ -50,9 +52,13 @@ impl Registry {
     /// Sets up what is needed to talk to `host`; sends nothing.
     pub(super) fn open(
         host: &str,
-        site: &RegistrySite,
+        site: Option<&RegistrySite>,
+        networks: &[Network],
         stall: Duration,
     ) -> Result<Self, RegistryError> {
+        let trusted = site.is_some();
+        let default = RegistrySite::default();
+        let site = site.unwrap_or(&default);
         let set_up = |why: String| RegistryError::SetUp {
             host: host.into(),
             why,
@@ -62,10 +68,16 @@ impl Registry {
             None => Credential::Anonymous,
         };
         let loopback = is_loopback(host);
+        let endpoint = match host {
+            "docker.io" => "registry-1.docker.io",
+            other => other,
+        };
+        let guard = Guard::new(networks, trusted.then(|| name_of(endpoint)));
         let mut builder = Client::builder()
             .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
+            .dns_resolver(guard.clone())
             .pool_idle_timeout(Duration::from_secs(60));
         if loopback {
             builder = builder.no_proxy();
@@ -83,12 +95,10 @@ impl Registry {
         let http = builder.build().map_err(|e| set_up(cause(&e)))?;
         Ok(Self {
             host: host.into(),
-            endpoint: match host {
-                "docker.io" => "registry-1.docker.io".into(),
-                other => other.into(),
-            },
+            endpoint: endpoint.into(),
             http,
-            auth: Auth::new(host, credential, stall),
+            auth: Auth::new(host, credential, guard.clone(), stall),
+            guard,
             plain: AtomicBool::new(site.plain_http),
             may_be_plain: loopback && !site.plain_http && site.ca.is_none(),
             stall,
@@ -97,6 +107,11 @@ impl Registry {
 
     pub fn host(&self) -> &str {
         &self.host
+    }
+
+    /// Who the registry sees in us, without any secret.
+    pub fn credential(&self) -> String {
+        self.auth.credential.to_string()
     }
 
     /// Sends `call` once, answering a challenge and following redirects. An answer that is returned is a success.
@@ -162,6 +177,7 @@ impl Registry {
     ) -> Result<Response, RegistryError> {
         let mut url = first.clone();
         for _ in 0..=MAX_REDIRECTS {
+            self.guard.check(&url)?;
             let mut request = self
                 .http
                 .request(call.method.clone(), url.clone())
@@ -179,6 +195,9 @@ impl Registry {
                     });
                 }
                 Ok(Err(e)) if e.is_connect() => {
+                    if let Some(refused) = forbidden(&e) {
+                        return Err(refused.into());
+                    }
                     return Err(RegistryError::Unreachable {
                         host: match url.host_str() {
                             Some(other) if !same_origin(&url, &first) => other.into(),
@@ -335,14 +354,19 @@ fn same_origin(a: &Url, b: &Url) -> bool {
     a.origin() == b.origin()
 }
 
-fn is_loopback(host: &str) -> bool {
+/// A host without its port and brackets.
+fn name_of(host: &str) -> &str {
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
         _ => host,
     };
+    name.trim_matches(['[', ']'])
+}
+
+fn is_loopback(host: &str) -> bool {
+    let name = name_of(host);
     name == "localhost"
         || name
-            .trim_matches(['[', ']'])
             .parse::<std::net::IpAddr>()
             .is_ok_and(|a| a.is_loopback())
 }

@@ -5,6 +5,8 @@ use std::time::Duration;
 use berth_client::api::{ErrorBody, ErrorKind};
 use berth_image::Digest;
 
+use super::guard::Forbidden;
+
 /// Why a request to a registry failed. No variant carries a token, a password, or a URL's query.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RegistryError {
@@ -57,6 +59,11 @@ pub enum RegistryError {
     Protocol { host: String, why: String },
     #[error("registry `{host}` is not set up right: {why}")]
     SetUp { host: String, why: String },
+    #[error("`{name}` has the address {address}, which is not a public one")]
+    Forbidden {
+        name: String,
+        address: std::net::IpAddr,
+    },
 }
 
 impl RegistryError {
@@ -93,6 +100,7 @@ impl RegistryError {
             Self::NotFound { .. } | Self::NoBlob { .. } => ErrorKind::UnknownImage,
             Self::Digest { .. } | Self::Size { .. } => ErrorKind::DigestMismatch,
             Self::SetUp { .. } => ErrorKind::Internal,
+            Self::Forbidden { .. } => ErrorKind::Denied,
         }
     }
 
@@ -112,8 +120,20 @@ impl RegistryError {
             Self::Digest { .. } | Self::Size { .. } => {
                 "the registry or something before it serves damaged content".into()
             }
+            Self::Forbidden { name, .. } => format!(
+                "a registry in the site's own networks is one that the site names: [registry.\"{name}\"], or [policy] networks"
+            ),
             _ => return None,
         })
+    }
+}
+
+impl From<Forbidden> for RegistryError {
+    fn from(e: Forbidden) -> Self {
+        Self::Forbidden {
+            name: e.name,
+            address: e.address,
+        }
     }
 }
 

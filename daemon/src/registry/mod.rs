@@ -9,6 +9,7 @@ mod challenge;
 mod client;
 mod credentials;
 mod error;
+mod guard;
 mod manifest;
 pub mod retry;
 #[cfg(test)]
@@ -18,28 +19,34 @@ mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use berth_config::{Config, RegistrySite};
+use berth_config::{Config, Network, RegistrySite};
 
 pub use blob::BlobStream;
 pub use client::Registry;
 pub use error::RegistryError;
 pub use manifest::{MAX_MANIFEST, RawManifest};
 
-/// Every registry that was talked to, by host.
+/// Registries whose connections and tokens are kept. Users name hosts without end.
+const MAX_OPEN: usize = 256;
+
+/// Every registry that was talked to lately, by host.
 #[derive(Debug)]
 pub struct Registries {
     sites: BTreeMap<String, RegistrySite>,
+    networks: Vec<Network>,
     stall: Duration,
     attempts: u32,
-    open: Mutex<HashMap<String, Arc<Registry>>>,
+    /// With the time of the last use.
+    open: Mutex<HashMap<String, (Arc<Registry>, Instant)>>,
 }
 
 impl Registries {
     pub fn new(config: &Config) -> Self {
         Self {
             sites: config.registry.clone(),
+            networks: config.policy.networks.clone(),
             stall: Duration::from_secs(config.daemon.stall_timeout_s),
             attempts: config.daemon.fetch_attempts,
             open: Mutex::default(),
@@ -52,14 +59,24 @@ impl Registries {
     /// [`RegistryError::SetUp`] when its certificates or credentials cannot be read; read again at the next call.
     pub fn get(&self, host: &str) -> Result<Arc<Registry>, RegistryError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(registry) = open.get(host) {
+        if let Some((registry, used_at)) = open.get_mut(host) {
+            *used_at = Instant::now();
             return Ok(registry.clone());
         }
-        let default = RegistrySite::default();
-        let site = self.sites.get(host).unwrap_or(&default);
-        let registry = Arc::new(Registry::open(host, site, self.stall)?);
-        open.insert(host.to_owned(), registry.clone());
+        let site = self.sites.get(host);
+        let registry = Arc::new(Registry::open(host, site, &self.networks, self.stall)?);
+        if open.len() >= MAX_OPEN {
+            let oldest = open.iter().min_by_key(|(_, (_, used_at))| *used_at);
+            let oldest = oldest.map(|(host, _)| host.clone());
+            oldest.map(|host| open.remove(&host));
+        }
+        open.insert(host.to_owned(), (registry.clone(), Instant::now()));
         Ok(registry)
+    }
+
+    /// Whether the site's configuration names the registry, and so believes what it says of itself.
+    pub fn is_trusted(&self, host: &str) -> bool {
+        self.sites.contains_key(host)
     }
 
     /// Does `what` until it succeeds, fails for good, or has failed as often as the site allows.

@@ -18,13 +18,15 @@ fn site(registry: &TestRegistry, keys: &str) -> String {
     )
 }
 
+/// Any loopback registry.
+const LOOPBACK: &str = "[policy]\nnetworks = ['127.0.0.0/8']\n";
 const OCI: &str = "application/vnd.oci.image.manifest.v1+json";
 
 #[tokio::test]
 async fn a_loopback_registry_without_tls_is_found_by_trying() {
     let server = TestRegistry::start().await;
     let digest = server.put_manifest("a/b", "1", OCI, "{}");
-    let registry = registries("").get(&server.host()).unwrap();
+    let registry = registries(LOOPBACK).get(&server.host()).unwrap();
     let raw = registry.manifest("a/b", "1", None).await.unwrap();
     assert_eq!(raw.digest, digest);
     assert_eq!(
@@ -173,7 +175,7 @@ async fn nobody_listening_is_said_so() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let host = listener.local_addr().unwrap().to_string();
     drop(listener);
-    let e = registries("")
+    let e = registries(LOOPBACK)
         .get(&host)
         .unwrap()
         .manifest("a/b", "1", None)
@@ -181,4 +183,49 @@ async fn nobody_listening_is_said_so() {
         .unwrap_err();
     assert!(matches!(e, RegistryError::Unreachable { .. }), "{e}");
     assert_eq!(ErrorBody::from(e).kind, ErrorKind::UpstreamUnavailable);
+}
+
+#[tokio::test]
+async fn a_registry_in_the_sites_own_networks_is_one_that_the_site_names() {
+    let server = TestRegistry::start().await;
+    server.put_manifest("a/b", "1", OCI, "{}");
+    let port = server.address.port();
+    for host in [
+        server.host(),
+        format!("localhost:{port}"),
+        format!("127.1:{port}"),
+    ] {
+        let registry = registries("").get(&host).unwrap();
+        let e = registry.manifest("a/b", "1", None).await.unwrap_err();
+        let body = ErrorBody::from(e);
+        assert_eq!(body.kind, ErrorKind::Denied, "{}", body.message);
+        assert!(
+            body.message.contains("127.0.0.1") || body.message.contains("::1"),
+            "{}",
+            body.message
+        );
+    }
+    assert_eq!(server.seen(), []);
+    let named = registries(&site(&server, "")).get(&server.host()).unwrap();
+    named.manifest("a/b", "1", None).await.unwrap();
+    // Where the named one leads to has to be named as well.
+    for target in [
+        format!("http://127.0.0.2:{port}PATH"),
+        format!("http://localhost:{port}PATH"),
+    ] {
+        server.fault("/v2/a/b/manifests/1", [Fault::Redirect(target)]);
+        let e = named.manifest("a/b", "1", None).await.unwrap_err();
+        assert_eq!(ErrorBody::from(e).kind, ErrorKind::Denied);
+    }
+}
+
+#[test]
+fn hosts_that_were_talked_to_are_not_remembered_without_end() {
+    let registries = registries("");
+    for n in 0..MAX_OPEN + 10 {
+        registries.get(&format!("r{n}.example")).unwrap();
+    }
+    let open = registries.open.lock().unwrap();
+    assert_eq!(open.len(), MAX_OPEN);
+    assert!(open.contains_key("r200.example") && !open.contains_key("r0.example"));
 }

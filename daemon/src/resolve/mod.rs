@@ -11,10 +11,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use berth_client::api::{ErrorBody, ErrorKind, Job};
-use berth_config::Config;
+use berth_config::{Config, Policy};
+use berth_image::record::Admission;
 use berth_image::{Digest, ImageRef, Platform};
 use jiff::Timestamp;
 
+use crate::admit::admit;
 use crate::catalogue::{Catalogue, TagRow};
 use crate::flight::Flights;
 use crate::registry::{RawManifest, Registries};
@@ -26,6 +28,8 @@ const MAX_NESTING: usize = 3;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a registry that did not answer is not asked again about what it answered before.
 const REST: Duration = Duration::from_secs(30);
+/// Failures remembered at a time.
+const MAX_FAILURES: usize = 4096;
 
 /// What a reference stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,9 +69,13 @@ pub struct Resolver {
 struct Inner {
     registries: Arc<Registries>,
     catalogue: Catalogue,
+    policy: Policy,
     ttl: Duration,
+    failure_ttl: Duration,
     /// When a registry last did not answer.
     failed: Mutex<HashMap<String, Instant>>,
+    /// What could not be resolved lately, and why.
+    failures: Mutex<HashMap<(ImageRef, Platform), (ErrorBody, Instant)>>,
 }
 
 impl Resolver {
@@ -77,7 +85,10 @@ impl Resolver {
                 registries,
                 catalogue,
                 ttl: Duration::from_secs(config.daemon.tag_ttl_s),
+                policy: config.policy.clone(),
+                failure_ttl: Duration::from_secs(config.daemon.failure_ttl_s),
                 failed: Mutex::default(),
+                failures: Mutex::default(),
             }),
             flights: Arc::default(),
         }
@@ -94,6 +105,9 @@ impl Resolver {
             && self.inner.failed_lately(reference.registry())
         {
             return Ok(stale.clone());
+        }
+        if let Some(failure) = self.inner.failure(reference, platform) {
+            return Err(failure);
         }
         let key = (reference.clone(), platform.clone());
         let work = || {
@@ -112,12 +126,18 @@ impl Resolver {
         answer.unwrap_or_else(|e| Err(internal(&e.to_string())))
     }
 
+    /// Whether the site's policy lets `reference` in, and under which rule.
+    pub fn admit(&self, reference: &ImageRef) -> Result<Admission, ErrorBody> {
+        admit(&self.inner.policy, reference).enforce(reference)
+    }
+
     /// The answer that needs nobody: a digest's, or a tag's that is young enough.
     pub async fn known(
         &self,
         reference: &ImageRef,
         platform: &Platform,
     ) -> Result<Option<Resolution>, ErrorBody> {
+        self.admit(reference)?;
         let row = self.inner.catalogue.tag(reference, platform).await?;
         Ok(row
             .filter(|row| reference.digest().is_some() || self.inner.is_fresh(row))
@@ -131,6 +151,7 @@ impl Resolver {
         reference: &ImageRef,
         platform: &Platform,
     ) -> Answer {
+        self.admit(reference)?;
         let catalogue = &self.inner.catalogue;
         if let Some((manifest, at)) = catalogue.job_answer(job, reference, platform).await? {
             let row = TagRow {
@@ -173,8 +194,24 @@ impl Inner {
         failed.get(registry).is_some_and(|at| at.elapsed() < REST)
     }
 
+    fn failure(&self, reference: &ImageRef, platform: &Platform) -> Option<ErrorBody> {
+        let mut failures = (self.failures.lock()).unwrap_or_else(PoisonError::into_inner);
+        failures.retain(|_, (_, at)| at.elapsed() < self.failure_ttl);
+        let found = failures.get(&(reference.clone(), platform.clone()));
+        found.map(|(failure, _)| failure.clone())
+    }
+
+    fn keep_failure(&self, reference: &ImageRef, platform: &Platform, failure: &ErrorBody) {
+        let mut failures = (self.failures.lock()).unwrap_or_else(PoisonError::into_inner);
+        if failures.len() < MAX_FAILURES {
+            let failure = (failure.clone(), Instant::now());
+            failures.insert((reference.clone(), platform.clone()), failure);
+        }
+    }
+
     fn note(&self, registry: &str, answered: bool) {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.retain(|_, at| at.elapsed() < REST);
         if answered {
             failed.remove(registry);
         } else {
@@ -201,7 +238,10 @@ impl Inner {
                     tracing::warn!(image = %reference, error = %e, "the registry does not answer, the last answer is used");
                     Ok(resolution(reference, platform, &row, true))
                 }
-                _ => Err(e),
+                _ => {
+                    self.keep_failure(reference, platform, &e);
+                    Err(e)
+                }
             },
         }
     }

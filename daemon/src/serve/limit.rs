@@ -1,8 +1,11 @@
-//! How much of the daemon its peers may take: connections at a time, bytes of a request, silence on a connection.
+//! How much of the daemon its peers may take: connections at a time, in all and for one user or machine, bytes of a
+//! request, silence on a connection.
 
+use std::collections::HashMap;
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,6 +19,8 @@ use tokio::time::{Instant, Sleep};
 pub const MAX_BODY: usize = 1 << 20;
 /// Connections at a time on one socket: four times the tasks of a large start.
 const MAX_CONNECTIONS: usize = 8192;
+/// Of these, what one user on the Unix socket, or one machine on TCP, may hold. More are closed at once.
+const MAX_OF_PEER: usize = MAX_CONNECTIONS / 4;
 /// A connection on which nothing moves for so long is closed: twice the longest poll. Events send keep-alives.
 const SILENCE: Duration = Duration::from_secs(120);
 
@@ -24,6 +29,60 @@ const SILENCE: Duration = Duration::from_secs(120);
 pub struct Limited<L> {
     listener: L,
     slots: Arc<Semaphore>,
+    peers: Arc<Peers>,
+}
+
+/// Who is at the other end, as far as it is known when somebody connects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Who {
+    User(u32),
+    Machine(IpAddr),
+}
+
+/// How many connections each peer holds. Root's are not counted: it is every node's and the site's own.
+#[derive(Debug, Default)]
+struct Peers {
+    held: Mutex<HashMap<Who, usize>>,
+}
+
+impl Peers {
+    /// A place for one more connection of `who`, if it may have one.
+    fn place(self: &Arc<Self>, who: Option<Who>) -> Option<Place> {
+        let who = who.filter(|who| *who != Who::User(0));
+        if let Some(who) = who {
+            let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+            let count = held.entry(who).or_default();
+            if *count >= MAX_OF_PEER {
+                return None;
+            }
+            *count += 1;
+        }
+        Some(Place {
+            peers: self.clone(),
+            who,
+        })
+    }
+}
+
+/// A peer's connection, counted until it is dropped.
+#[derive(Debug)]
+struct Place {
+    peers: Arc<Peers>,
+    who: Option<Who>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut held = (self.peers.held.lock()).unwrap_or_else(PoisonError::into_inner);
+        if let Some(who) = self.who
+            && let Some(count) = held.get_mut(&who)
+        {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&who);
+            }
+        }
+    }
 }
 
 impl<L> Limited<L> {
@@ -31,6 +90,7 @@ impl<L> Limited<L> {
         Self {
             listener,
             slots: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            peers: Arc::default(),
         }
     }
 }
@@ -41,14 +101,16 @@ pub struct Held<S> {
     stream: S,
     silence: Pin<Box<Sleep>>,
     _slot: Option<OwnedSemaphorePermit>,
+    _place: Place,
 }
 
 impl<S> Held<S> {
-    fn new(stream: S, slot: Option<OwnedSemaphorePermit>) -> Self {
+    fn new(stream: S, slot: Option<OwnedSemaphorePermit>, place: Place) -> Self {
         Self {
             stream,
             silence: Box::pin(tokio::time::sleep(SILENCE)),
             _slot: slot,
+            _place: place,
         }
     }
 
@@ -82,8 +144,14 @@ impl Listener for Limited<UnixListener> {
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         let slot = self.slots.clone().acquire_owned().await.ok();
-        let (stream, address) = Listener::accept(&mut self.listener).await;
-        (Held::new(stream, slot), address)
+        loop {
+            let (stream, address) = Listener::accept(&mut self.listener).await;
+            let uid = stream.peer_cred().ok().map(|c| c.uid());
+            match self.peers.place(uid.map(Who::User)) {
+                Some(place) => return (Held::new(stream, slot, place), address),
+                None => tracing::warn!(uid, "too many connections of one user, one was closed"),
+            }
+        }
     }
 
     fn local_addr(&self) -> io::Result<Self::Addr> {
@@ -97,10 +165,17 @@ impl Listener for Limited<TcpListener> {
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         let slot = self.slots.clone().acquire_owned().await.ok();
-        let (stream, address) = Listener::accept(&mut self.listener).await;
-        // Small answers go out at once; without it they are only slower.
-        let _ = stream.set_nodelay(true);
-        (Held::new(stream, slot), address)
+        loop {
+            let (stream, address) = Listener::accept(&mut self.listener).await;
+            // Small answers go out at once; without it they are only slower.
+            let _ = stream.set_nodelay(true);
+            match self.peers.place(Some(Who::Machine(address.ip()))) {
+                Some(place) => return (Held::new(stream, slot, place), address),
+                None => {
+                    tracing::warn!(peer = %address.ip(), "too many connections of one machine, one was closed");
+                }
+            }
+        }
     }
 
     fn local_addr(&self) -> io::Result<Self::Addr> {
@@ -135,5 +210,26 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Held<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_peer_gets_a_share_and_gives_it_back() {
+        let peers = Arc::new(Peers::default());
+        let greedy = Some(Who::User(1000));
+        let mut held: Vec<_> = (0..MAX_OF_PEER)
+            .map(|_| peers.place(greedy).unwrap())
+            .collect();
+        assert!(peers.place(greedy).is_none());
+        assert!(peers.place(Some(Who::User(1001))).is_some());
+        held.pop();
+        assert!(peers.place(greedy).is_some());
+        held.extend((0..=MAX_OF_PEER).map(|_| peers.place(Some(Who::User(0))).unwrap()));
+        drop(held);
+        assert!(peers.held.lock().unwrap().is_empty());
     }
 }
