@@ -83,11 +83,19 @@ Examples:
     /// The file is a bare SquashFS that Apptainer, Charliecloud, squashfuse and the kernel take as it is; whoever may
     /// use the image may read it. Only the path goes to stdout. With the daemon down it is found in the store, if it
     /// is there, by its signed entries.
+    ///
+    /// With --mounted it is a folder with the image's files instead, on this node and for you alone: kept by the node
+    /// service, so that whoever runs in it finds it warm. It stays as long as somebody is in there or asked for it
+    /// lately (`node.service.keep_s`).
     #[command(after_help = "\
 Examples:
   apptainer exec \"$(berth path ghcr.io/group/app:2.1)\" app --version
+  apptainer exec \"$(berth path --mounted ghcr.io/group/app:2.1)\" app --version
   sbatch --container=\"$(berth path ghcr.io/group/app:2.1)\" job.sh")]
     Path {
+        /// Print a folder where the image is mounted.
+        #[arg(long)]
+        mounted: bool,
         #[arg(value_name = "REF")]
         image: String,
         #[command(flatten)]
@@ -155,6 +163,15 @@ Examples:
         #[arg(required = true, value_name = "REF|DIGEST")]
         images: Vec<String>,
     },
+    /// Show what a start of an image reads, as nodes recorded it; they fetch that first where they fetch at all.
+    Trace {
+        /// A reference or a digest (twelve digits are enough).
+        #[arg(value_name = "REF|DIGEST")]
+        image: String,
+        /// Send the trace in this file, as `berth-fuse mount --record` writes it. An admin's replaces what is there.
+        #[arg(long, value_name = "FILE")]
+        set: Option<std::path::PathBuf>,
+    },
     /// List the pulls in flight, and those that ended lately.
     Pulls {
         /// Follow what is in flight until it ends.
@@ -163,6 +180,9 @@ Examples:
     },
     /// Show the daemon's state.
     Status,
+    /// What the service of this node keeps mounted, for root.
+    #[command(subcommand)]
+    Node(NodeCommand),
     /// Look for what would stop a container job on this machine, and say what to do.
     ///
     /// Exits with 1 when a check fails; warnings do not count. Some checks see more as root.
@@ -200,6 +220,23 @@ pub enum ConfigCommand {
     },
     /// Print the configuration in effect; what the file does not set is marked as default.
     Show,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// List the mounts that are kept on this node.
+    Status {
+        /// Counters in the Prometheus text format instead, as for node_exporter's textfile collector.
+        #[arg(long)]
+        metrics: bool,
+    },
+    /// Let go of every mount that no job uses, and keep none until the service is restarted.
+    ///
+    /// Exits with 1 as long as jobs use some: run it again when they have ended.
+    #[command(after_help = "\
+Examples:
+  berth node drain && umount /pfs")]
+    Drain,
 }
 
 #[derive(Debug, Subcommand)]
@@ -286,7 +323,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ("The daemon", &["pulls", "status"]),
     (
         "This machine and site",
-        &["doctor", "config", "store", "key"],
+        &["node", "doctor", "config", "store", "key"],
     ),
     ("Set-up", &["completions", "man"]),
 ];

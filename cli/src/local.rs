@@ -1,5 +1,6 @@
 //! Images found without the daemon: the store's signed entries, believed only when a key of the site signed them.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -163,6 +164,28 @@ impl Local {
             key,
             entry: None,
         }))
+    }
+
+    /// The references that the store's signed entries give each manifest, sorted. What cannot be read or is not believed
+    /// is left out.
+    pub fn references(&self) -> BTreeMap<Digest, Vec<String>> {
+        let mut references: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
+        for (reference, path) in self.store.ref_entries().unwrap_or_default() {
+            let bytes = self.store.read(&path, MAX_ENVELOPE).ok();
+            let entry = bytes.and_then(|b| RefEntry::open(&b, &self.keys, &reference).ok());
+            let Some((entry, _)) = entry else { continue };
+            for manifest in entry.manifests.values() {
+                references
+                    .entry(*manifest)
+                    .or_default()
+                    .push(reference.to_string());
+            }
+        }
+        for names in references.values_mut() {
+            names.sort();
+            names.dedup();
+        }
+        references
     }
 
     /// Opens the image's file: whether this user may read it, and whether it is whole.

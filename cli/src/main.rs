@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use clap::FromArgMatches;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-use args::{Cli, Command, ConfigCommand, KeyCommand, StoreCommand};
+use args::{Cli, Command, ConfigCommand, KeyCommand, NodeCommand, StoreCommand};
 use context::Context;
 use error::{Failure, USAGE};
 
@@ -113,9 +113,11 @@ fn configured(command: Command, context: &Context) -> Result<(), Failure> {
             file,
             platform,
         } => command::pull::prefetch(context, references, file.as_deref(), platform.platform),
-        Command::Path { image, platform } => {
-            command::path::path(context, &image, platform.platform)
-        }
+        Command::Path {
+            mounted,
+            image,
+            platform,
+        } => command::path::path(context, &image, platform.platform, mounted),
         Command::Exec(args) => command::exec::exec(context, args),
         Command::Mount {
             image,
@@ -127,8 +129,11 @@ fn configured(command: Command, context: &Context) -> Result<(), Failure> {
             command::inspect::inspect(context, &image, platform.platform)
         }
         Command::Rm { images } => command::rm::rm(context, &images),
+        Command::Trace { image, set } => command::trace::trace(context, &image, set.as_deref()),
         Command::Pulls { watch } => command::pulls::pulls(context, watch),
         Command::Status => command::status::status(context),
+        Command::Node(NodeCommand::Status { metrics }) => command::node::status(context, metrics),
+        Command::Node(NodeCommand::Drain) => command::node::drain(context),
         Command::Config(_) => command::config::show(context),
         Command::Store(StoreCommand::Init { user }) => {
             command::store::init(context, user.user.as_deref())

@@ -13,17 +13,18 @@ use berth_runtime::user_view::UserJob;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use crate::args::ExecArgs;
-use crate::command::image_file::{self, ImageFile};
+use crate::args::{ExecArgs, ViewArgs};
+use crate::command::image_file::{self, Bytes, ImageFile};
 use crate::context::Context;
 use crate::error::{Failure, OTHER};
 use crate::programs;
 
 pub fn exec(context: &Context, args: ExecArgs) -> Result<(), Failure> {
     let image = image_file::open_image(context, &args.image, args.platform.platform)?;
-    let job = job(context, &image, args.command, args.view);
-    let job_file = inherited_file(&job)?;
-    inherit(&image.file)?;
+    let job_file = inherited_file(&job(context, &image, args.command, args.view))?;
+    if let Bytes::File { file, .. } = &image.bytes {
+        inherit(file)?;
+    }
     let runtime = programs::find("berth-runtime")?;
     let number = job_file.as_raw_fd().to_string();
     let error = Command::new(&runtime)
@@ -35,18 +36,19 @@ pub fn exec(context: &Context, args: ExecArgs) -> Result<(), Failure> {
     ))
 }
 
-fn job(
-    context: &Context,
-    image: &ImageFile,
-    command: Vec<OsString>,
-    view: crate::args::ViewArgs,
-) -> UserJob {
+fn job(context: &Context, image: &ImageFile, command: Vec<OsString>, view: ViewArgs) -> UserJob {
     let run = image.record.as_ref().map(|record| &record.run);
     let exists = context.config_path.exists();
+    let (file, serve, grant) = match &image.bytes {
+        Bytes::File { file, .. } => (Some(file.as_raw_fd()), Vec::new(), None),
+        Bytes::Daemon { options, grant } => (None, options.clone(), Some(grant.clone())),
+    };
     UserJob {
         config: exists.then(|| absolute(&context.config_path)),
         name: image.name.clone(),
-        image: image.file.as_raw_fd(),
+        image: file,
+        serve,
+        grant,
         env: run.map(|run| run.env.clone()).unwrap_or_default(),
         image_cwd: run.and_then(|run| run.working_dir.as_ref().map(Into::into)),
         mounts: view.mounts,

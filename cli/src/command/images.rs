@@ -43,10 +43,11 @@ pub fn images(context: &Context) -> Result<(), Failure> {
     )
 }
 
-/// What the store holds, without the daemon's knowledge of names and use. Records that are not believed, or that
-/// this user may not read, are left out.
+/// What the store holds and its signed entries say, without the daemon's knowledge of use. What is not believed, or what
+/// this user may not read, is left out.
 fn from_store(context: &Context) -> Result<Vec<Image>, Failure> {
     let local = Local::open(&context.config)?;
+    let references = local.references();
     let dirs = local.store.image_dirs();
     let dirs =
         dirs.map_err(|e| Failure::new(UNAVAILABLE, format!("cannot list the store: {e}")))?;
@@ -57,7 +58,10 @@ fn from_store(context: &Context) -> Result<Vec<Image>, Failure> {
         .map(|found| Image {
             digest: found.record.manifest.to_string(),
             platform: found.record.platform.to_string(),
-            references: Vec::new(),
+            references: references
+                .get(&found.record.manifest)
+                .cloned()
+                .unwrap_or_default(),
             size: found.record.file.size,
             created_at: found.record.signed_at.to_string(),
             last_used_at: None,

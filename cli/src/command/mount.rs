@@ -10,7 +10,7 @@ use berth_image::Platform;
 use nix::unistd::geteuid;
 use serde_json::json;
 
-use crate::command::image_file;
+use crate::command::image_file::{self, Bytes};
 use crate::context::Context;
 use crate::error::{Failure, OTHER, UNAVAILABLE, USAGE};
 use crate::{output, programs};
@@ -36,10 +36,17 @@ pub fn mount(
         return Err(without_helper());
     }
     let program = programs::find("berth-fuse")?;
-    let path = std::path::absolute(&image.path).unwrap_or(image.path);
-    let mut server = Command::new(&program)
-        .args(["mount", "--background"])
-        .arg(&path)
+    let mut server = Command::new(&program);
+    server.args(["mount", "--background"]);
+    match image.bytes {
+        Bytes::File { path, .. } => {
+            server.arg(std::path::absolute(&path).unwrap_or(path));
+        }
+        Bytes::Daemon { options, grant } => {
+            server.args(options).arg("-").env("BERTH_GRANT", grant);
+        }
+    }
+    let mut server = server
         .arg(&folder)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -137,12 +144,12 @@ fn absolute(folder: &Path) -> Result<PathBuf, Failure> {
 
 /// Whether the topmost mount on `folder` is one of `berth-fuse`'s.
 fn is_ours(table: &str, folder: &Path) -> bool {
-    let of_folder = table.lines().filter_map(|line| {
+    let mut of_folder = table.lines().filter_map(|line| {
         let (mount, filesystem) = line.split_once(" - ")?;
         let point = unescape(mount.split(' ').nth(4)?);
         (Path::new(&point) == folder).then(|| filesystem.split(' ').next())?
     });
-    of_folder.last() == Some("fuse.berth")
+    of_folder.next_back() == Some("fuse.berth")
 }
 
 /// mountinfo's `\040` as a space, and so on.

@@ -4,9 +4,10 @@ use std::time::{Duration, Instant};
 
 use berth_client::api::PullRequest;
 use berth_image::{Digest, Platform};
+use berth_mount::keeper::{Answer, Request};
 use serde_json::json;
 
-use crate::command::follow;
+use crate::command::{follow, node};
 use crate::context::{self, Context};
 use crate::error::{Failure, OTHER, UNAVAILABLE};
 use crate::local::{Found, Local, Wanted};
@@ -16,9 +17,20 @@ use crate::{interrupt, output};
 const STALE_NAMES: Duration = Duration::from_secs(65);
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
-pub fn path(context: &Context, image: &str, given: Option<Platform>) -> Result<(), Failure> {
+/// How long the node service may take to find and mount an image.
+const MOUNTING: Duration = Duration::from_secs(90);
+
+pub fn path(
+    context: &Context,
+    image: &str,
+    given: Option<Platform>,
+    mounted: bool,
+) -> Result<(), Failure> {
     let found = find(context, image, given)?;
-    let path = found.path.display().to_string();
+    let path = match mounted {
+        true => folder(context, &found)?,
+        false => found.path.display().to_string(),
+    };
     match context.json {
         true => output::json(&json!({
             "path": path,
@@ -26,6 +38,18 @@ pub fn path(context: &Context, image: &str, given: Option<Platform>) -> Result<(
             "platform": found.record.platform,
         })),
         false => output::line(&path),
+    }
+}
+
+/// The folder at which the node service shows the image to this user.
+fn folder(context: &Context, found: &Found) -> Result<String, Failure> {
+    let request = Request::Path {
+        digest: found.record.manifest.to_string(),
+        platform: found.record.platform.to_string(),
+    };
+    match node::ask(context, &request, MOUNTING)? {
+        Answer::At { path } => Ok(path.display().to_string()),
+        _ => Err(Failure::new(UNAVAILABLE, "the node service gave no folder")),
     }
 }
 

@@ -36,7 +36,7 @@ pub fn rm(context: &Context, images: &[String]) -> Result<(), Failure> {
 }
 
 /// The one image that is meant.
-fn pick(text: &str, wanted: &Wanted, there: &[Image]) -> Result<Digest, Failure> {
+pub fn pick(text: &str, wanted: &Wanted, there: &[Image]) -> Result<Digest, Failure> {
     let fits = |image: &Image| match wanted {
         Wanted::Reference(reference) => {
             let name = reference.to_string();

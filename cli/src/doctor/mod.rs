@@ -3,6 +3,7 @@
 
 mod daemon;
 mod kernel;
+mod node;
 mod plugin;
 mod site;
 mod slurm;
@@ -108,6 +109,7 @@ fn configured(config: &Config) -> Vec<Check> {
     let mut checks = site::keys(config);
     checks.extend(site::store(config));
     checks.extend(daemon::checks(config));
+    checks.push(node::check(config));
     checks
 }
 
