@@ -38,7 +38,7 @@ fn never_on_the_host(cluster: &Cluster, option: &str, says: &str) -> Vec<Ended> 
 fn an_unknown_image_with_an_optional_plugin() {
     let cluster = Cluster::own(
         "test-optional",
-        &Options::new(&["--nodes", "1", "--plugin", "optional"]),
+        &Options::new(&["--nodes", "1"]),
     );
     let unknown = container(&format!("{}/no/such:1", cluster.registry()));
     let ended = never_on_the_host(&cluster, &unknown, "no/such");
@@ -52,9 +52,12 @@ fn an_unknown_image_with_an_optional_plugin() {
 
 #[test]
 fn an_unknown_image_with_a_required_plugin() {
-    let cluster = &suite().cluster;
+    let cluster = Cluster::own(
+        "test-required",
+        &Options::new(&["--nodes", "1", "--plugin", "required"]),
+    );
     let unknown = container(&format!("{}/no/such:1", cluster.registry()));
-    never_on_the_host(cluster, &unknown, "no/such");
+    never_on_the_host(&cluster, &unknown, "no/such");
 }
 
 #[test]
