@@ -16,7 +16,7 @@ use crate::refusal::{Refusal, code};
 use crate::sys::Child;
 use crate::text::{plain, shown};
 use crate::user::User;
-use crate::user_view::server::{As, Server};
+use crate::user_view::server::{As, Bytes, Server};
 
 /// Opens the file with the rights of this process, which is wholly the user.
 pub(crate) fn open(path: &Path) -> Result<OwnedFd, Refusal> {
@@ -67,8 +67,12 @@ impl OwnImage {
 
     /// A mount of the image, attached nowhere, `ro,nosuid,nodev`, with a server of its own.
     pub(crate) fn mount(&mut self) -> Result<OwnedFd, Refusal> {
-        let who = As::Service(&self.server_user);
-        let server = Server::start(self.data.as_fd(), &self.name, who, &self.options)?;
+        let bytes = Bytes {
+            file: Some(self.data.as_fd()),
+            options: &self.options,
+            grant: None,
+        };
+        let server = Server::start(&bytes, &self.name, As::Service(&self.server_user))?;
         let (mount, keeper) = server.mount()?;
         self.keepers.extend(keeper);
         Ok(mount)

@@ -10,6 +10,7 @@ mod namespace;
 pub(crate) mod server;
 
 use std::convert::Infallible;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,7 +28,7 @@ use crate::sys;
 use crate::text::plain;
 use crate::user::{self, User};
 use crate::view::{self, ViewSpec};
-use server::{As, Server};
+use server::{As, Bytes, Server};
 
 pub use job::UserJob;
 pub use namespace::Ban;
@@ -55,7 +56,15 @@ fn start(job: i32) -> Result<Infallible, Refusal> {
         None => Config::default(),
     };
     let (spec, environment) = plan(&job, &config)?;
-    let server = Server::start(image.as_fd(), &job.name, As::Itself, &owner(&spec))?;
+    let mut options = job.serve.clone();
+    options.extend(owner(&spec));
+    let bytes = Bytes {
+        file: image.as_ref().map(AsFd::as_fd),
+        options: &options,
+        grant: job.grant.as_deref(),
+    };
+    let server = Server::start(&bytes, &job.name, As::Itself)?;
+    drop(image);
     namespace::enter()?;
     let (mount, _) = server.mount()?;
     let cwd = view::build_here(&spec, mount)?;
@@ -63,10 +72,10 @@ fn start(job: i32) -> Result<Infallible, Refusal> {
 }
 
 /// The job and the image's file.
-fn take(number: i32) -> io::Result<(UserJob, OwnedFd)> {
+fn take(number: i32) -> io::Result<(UserJob, Option<OwnedFd>)> {
     let file = File::from(sys::inherited(number)?);
     let job: UserJob = serde_json::from_reader(file.take(LONGEST))?;
-    let image = sys::inherited(job.image)?;
+    let image = job.image.map(sys::inherited).transpose()?;
     Ok((job, image))
 }
 
@@ -102,10 +111,10 @@ fn plan(job: &UserJob, config: &Config) -> Result<(ViewSpec, Vec<String>), Refus
 }
 
 /// In a writable view everything is the user's own, as nobody else exists in the user namespace.
-fn owner(spec: &ViewSpec) -> Vec<std::ffi::OsString> {
+fn owner(spec: &ViewSpec) -> Option<OsString> {
     let user = &spec.user;
     let owner = || format!("--owner={}:{}", user.uid, user.gid).into();
-    spec.writable_bytes.map(|_| owner()).into_iter().collect()
+    spec.writable_bytes.map(|_| owner())
 }
 
 /// The last step: no way back to any right.

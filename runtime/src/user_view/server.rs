@@ -33,6 +33,16 @@ pub(crate) enum As<'a> {
     Service(&'a str),
 }
 
+/// Where an image's bytes are.
+#[derive(Clone, Copy)]
+pub(crate) struct Bytes<'a> {
+    pub(crate) file: Option<BorrowedFd<'a>>,
+    /// More options of `berth-fuse hold`.
+    pub(crate) options: &'a [OsString],
+    /// A secret, for the server's environment.
+    pub(crate) grant: Option<&'a str>,
+}
+
 /// A server that waits for its connection.
 #[derive(Debug)]
 pub(crate) struct Server {
@@ -42,13 +52,8 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Starts a server for `image`, which it has looked at when this returns. `options` are more of `berth-fuse hold`'s.
-    pub(crate) fn start(
-        image: BorrowedFd<'_>,
-        name: &str,
-        who: As<'_>,
-        options: &[OsString],
-    ) -> Result<Server, Refusal> {
+    /// Starts a server for an image, which it has looked at when this returns. `name` is for messages.
+    pub(crate) fn start(bytes: &Bytes<'_>, name: &str, who: As<'_>) -> Result<Server, Refusal> {
         let broken = |e: io::Error| {
             let line = format!("cannot start the server of `{name}`: {}", plain(&e));
             Refusal::new(code::INTERNAL, line)
@@ -56,7 +61,7 @@ impl Server {
         let program = program().map_err(broken)?;
         let (ours, theirs) = Channel::pair().map_err(broken)?;
         let run = || {
-            let error = become_server(&program, image, &theirs, who, options);
+            let error = become_server(&program, bytes, &theirs, who);
             let line = format!("ecannot run `{}`: {}", program.display(), plain(&error));
             let _ = theirs.send(line.as_bytes(), &[]);
             1
@@ -144,15 +149,10 @@ fn program() -> io::Result<PathBuf> {
 }
 
 /// The life of the child: becomes the server, or gives the reason why not.
-fn become_server(
-    program: &Path,
-    image: BorrowedFd<'_>,
-    channel: &Channel,
-    who: As<'_>,
-    options: &[OsString],
-) -> io::Error {
+fn become_server(program: &Path, bytes: &Bytes<'_>, channel: &Channel, who: As<'_>) -> io::Error {
     let prepared = || {
-        sys::keep_for_exec(&[image, channel.as_fd()])?;
+        let kept: Vec<BorrowedFd<'_>> = bytes.file.into_iter().chain([channel.as_fd()]).collect();
+        sys::keep_for_exec(&kept)?;
         rustix::process::chdir("/")?;
         match who {
             As::Itself => Ok(()),
@@ -167,11 +167,12 @@ fn become_server(
     Command::new(program)
         .arg("hold")
         .args(["--channel", &channel.as_fd().as_raw_fd().to_string()])
-        .args(["--image", &image.as_raw_fd().to_string()])
-        .args(options)
+        .args((bytes.file).map(|file| format!("--image={}", file.as_raw_fd())))
+        .args(bytes.options)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .env_clear()
         .env("BERTH_LOG", log)
+        .envs(bytes.grant.map(|grant| ("BERTH_GRANT", grant)))
         .exec()
 }
