@@ -1,5 +1,7 @@
 //! Loop devices under contention, on the real kernel. Needs root, loop devices and mksquashfs.
 
+mod able;
+
 use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::Write;
@@ -11,28 +13,10 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use able::able;
 use berth_mount::{ImageFile, LoopDevice, MountError};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
-
-/// Whether this machine can run these tests; in CI what is missing is a failure.
-fn able() -> bool {
-    let missing = if !rustix::process::geteuid().is_root() {
-        "root"
-    } else if !Path::new("/dev/loop-control").exists() {
-        "loop devices"
-    } else if Command::new("mksquashfs").arg("-version").output().is_err() {
-        "mksquashfs"
-    } else {
-        return true;
-    };
-    assert!(
-        std::env::var_os("CI").is_none(),
-        "this test needs {missing}"
-    );
-    eprintln!("left out: needs {missing}");
-    false
-}
 
 /// An image with one file `word`, and after its data something that is not to be served.
 struct Image {

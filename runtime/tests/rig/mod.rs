@@ -5,6 +5,9 @@
 )]
 #![allow(dead_code, reason = "each suite uses a part of it")]
 
+#[path = "../../../mount/tests/able/mod.rs"]
+mod able;
+
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::{IoSlice, IoSliceMut, Write};
@@ -17,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+pub use able::able;
 use berth_image::record::{Admission, Conversion, DataFile, RunConfig};
 use berth_image::{Digest, ImageRef, Platform, PrivateKey, Record, RefEntry, layout};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -31,25 +35,6 @@ pub const GID: u32 = 34;
 pub const HOME: &str = "/var/backups";
 /// What the example image is called.
 pub const REFERENCE: &str = "docker://registry.example/demo/tools:1";
-
-/// Whether this machine can run these tests; in CI what is missing is a failure.
-pub fn able() -> bool {
-    let missing = if !rustix::process::geteuid().is_root() {
-        "root"
-    } else if !Path::new("/dev/loop-control").exists() {
-        "loop devices"
-    } else if Command::new("mksquashfs").arg("-version").output().is_err() {
-        "mksquashfs"
-    } else {
-        return true;
-    };
-    assert!(
-        std::env::var_os("CI").is_none(),
-        "this test needs {missing}"
-    );
-    eprintln!("left out: needs {missing}");
-    false
-}
 
 /// A site: configuration, key, store, and a folder for what a test makes.
 pub struct Site {
