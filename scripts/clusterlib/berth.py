@@ -107,6 +107,8 @@ def toml(layout):
         "seal": {"key": path("sealer", "site.key"), "socket": path("run", "sealer", "seal.sock"),
                  "state_dir": path("sealer"), "allow_uids": [DAEMON_UID], "spawn": False},
         f'registry."{layout.registry}"': {"plain_http": True},
+        # Registries of tests and benchmarks, and the proxies before them, come and go on this machine's ports.
+        "policy": {"networks": ["127.0.0.0/8"]},
         "node": {"keys": [path("etc", "site.pub")], "run_dir": path("run", "node")},
         "node.service": {"socket": layout.node_socket, "user": str(NODE_UID), "cache_dir": path("cache")},
     }
