@@ -213,6 +213,77 @@ fn files_that_are_no_images_are_refused_and_never_hang() {
     suite().cluster.assert_nodes_idle();
 }
 
+/// The configuration of a login node that lacks the store's filesystem.
+fn without_store(folder: &Path) -> PathBuf {
+    let suite = suite();
+    let config = fs::read_to_string(suite.cluster.folder().join("etc/berth.toml")).unwrap();
+    let store = suite.cluster.store();
+    assert!(config.contains(text(&store)), "{config}");
+    let elsewhere = config.replace(text(&store), "/nowhere/store");
+    let path = folder.join("berth.toml");
+    fs::write(&path, elsewhere).unwrap();
+    path
+}
+
+#[test]
+fn exec_and_mount_fetch_on_demand_where_the_store_is_not() {
+    let suite = suite();
+    let folder = suite.cluster.scratch("exec-demand");
+    let config = without_store(&folder);
+    let name = &suite.shell.name;
+    let berth = |words: &[&str]| {
+        let words = [&["--config", text(&config)], words].concat();
+        let run = suite.cluster.user("berth", &words);
+        run.env("XDG_CACHE_HOME", &folder).end()
+    };
+    let look = format!("{WHERE}; cat /bin/busybox | wc -c; echo $IMAGE_SAYS");
+    let size = fs::metadata("/bin/busybox").unwrap().len();
+    let expected = format!("VARIANT_ID=shell\n{size}\nahoy");
+    assert_eq!(berth(&["exec", name, "sh", "-c", &look]).ok(), expected);
+    let kept = || {
+        let files = fs::read_dir(folder.join("berth")).unwrap().flatten();
+        let bytes = files.map(|file| file.metadata().unwrap().len());
+        bytes.sum::<u64>()
+    };
+    assert!(kept() > size / 4, "{} bytes are kept", kept());
+    assert_eq!(berth(&["exec", name, "sh", "-c", &look]).ok(), expected);
+    let at = folder.join("image");
+    fs::create_dir(&at).unwrap();
+    give(&at);
+    berth(&["mount", name, text(&at)]).ok();
+    let release = suite
+        .cluster
+        .user("cat", &[text(&at.join("etc/os-release"))])
+        .end();
+    berth(&["umount", text(&at)]).ok();
+    assert!(release.ok().contains("VARIANT_ID=shell"), "{release}");
+    // Another site's key: the daemon's word is not enough.
+    let other = folder.join("other.pub");
+    let key = suite
+        .cluster
+        .root("openssl", &["genpkey", "-algorithm", "ed25519"])
+        .end();
+    let private = folder.join("other.key");
+    fs::write(&private, key.ok()).unwrap();
+    let words = [
+        "pkey",
+        "-pubout",
+        "-in",
+        text(&private),
+        "-out",
+        text(&other),
+    ];
+    suite.cluster.root("openssl", &words).end().ok();
+    let keys = suite.cluster.folder().join("etc/site.pub");
+    let changed = fs::read_to_string(&config)
+        .unwrap()
+        .replace(text(&keys), text(&other));
+    assert!(changed.contains(text(&other)), "{changed}");
+    fs::write(&config, changed).unwrap();
+    let refused = berth(&["exec", name, "true"]);
+    assert_eq!(refused.code, 77, "{refused}");
+}
+
 #[test]
 fn mount_and_umount_of_an_ordinary_user() {
     let suite = suite();
