@@ -228,6 +228,12 @@ pub struct NodeService {
     pub cache_bytes: u64,
     /// How images are served on demand. Default `filesystem`.
     pub mode: ServeMode,
+    /// Seconds for which the first start of an image is recorded, so that later starts fetch first what it read; 0
+    /// records none. Default 30.
+    pub record_s: u64,
+    /// Bytes a second at which the rest of an image is fetched while nobody waits for bytes; 0 fetches only what is
+    /// read. Default 0.
+    pub fill_bytes_per_s: u64,
     /// An HTTP proxy to fetch by, as `http://HOST:PORT`. None by default.
     pub proxy: Option<String>,
 }
@@ -378,6 +384,8 @@ impl Default for NodeService {
             cache_dir: "/var/cache/berth".into(),
             cache_bytes: 0,
             mode: ServeMode::Filesystem,
+            record_s: 30,
+            fill_bytes_per_s: 0,
             proxy: None,
         }
     }
