@@ -228,6 +228,25 @@ impl Cluster {
         (images, list(self.store().join("tmp")))
     }
 
+    /// Waits until no step uses the image any more: what is left of it is at most the one mount that the node service
+    /// keeps, on one loop device.
+    ///
+    /// # Panics
+    /// When something stays, for a minute.
+    pub fn assert_unused(&self, digest: &str) {
+        let hex = digest.trim_start_matches("sha256:");
+        crate::wait_until("no step uses the image", 60, || {
+            let ended = self.root("berth", &["--json", "node", "status"]).end();
+            let status: serde_json::Value = serde_json::from_str(ended.ok()).ok()?;
+            let of = |mount: &&serde_json::Value| mount["digest"] == digest;
+            let kept = status["mounts"].as_array()?.iter().filter(of);
+            let mut users = kept.map(|mount| mount["users"].as_u64());
+            let left = self.leftovers();
+            let left = left.iter().filter(|line| line.contains(hex)).count();
+            (users.all(|users| users == Some(0)) && left <= 1).then_some(())
+        });
+    }
+
     /// Mounts and loop devices of the machine that have to do with this cluster's store.
     pub fn leftovers(&self) -> Vec<String> {
         let store = self.store();

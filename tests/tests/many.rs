@@ -43,8 +43,5 @@ fn five_hundred_cold_starts_fetch_each_blob_once_and_make_one_image() {
         "{images:?} {unfinished:?}"
     );
     cluster.assert_nodes_idle();
-    let hex = image.digest.trim_start_matches("sha256:").to_owned();
-    berth_tests::wait_until("loop devices of the image are gone", 60, || {
-        (!cluster.leftovers().iter().any(|line| line.contains(&hex))).then_some(())
-    });
+    cluster.assert_unused(&image.digest);
 }

@@ -235,7 +235,7 @@ fn scancel_ends_a_container_job_and_leaves_nothing() {
     });
     job.cancel();
     assert_eq!(job.end().state, "CANCELLED");
-    nothing_left_of(&image.digest);
+    suite.cluster.assert_unused(&image.digest);
 }
 
 #[test]
@@ -246,16 +246,7 @@ fn a_killed_task_leaves_nothing() {
     let words = ["--quiet", &option, "sh", "-c", "kill -9 $$"];
     let ended = suite.cluster.user("srun", &words).end();
     assert_eq!(ended.code, 137, "{ended}");
-    nothing_left_of(&image.digest);
-}
-
-/// No loop device of this image is attached any more.
-fn nothing_left_of(digest: &str) {
-    let hex = digest.trim_start_matches("sha256:");
-    wait_until("loop devices of the image are gone", 30, || {
-        let left = suite().cluster.leftovers();
-        (!left.iter().any(|line| line.contains(hex))).then_some(())
-    });
+    suite.cluster.assert_unused(&image.digest);
 }
 
 #[test]
