@@ -55,9 +55,6 @@ pub struct Everything {
     /// Fetch the rest of each image as well, at so many bytes a second while no reader waits; 0: it is not.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     fill: u64,
-    /// End when the keeper does: the next one has the connections. Without it this serves on until all are unmounted.
-    #[arg(long)]
-    with_keeper: bool,
 }
 
 struct Mounted {
@@ -129,9 +126,7 @@ pub fn run(serving: Serving, node: Everything) -> Result<(), Failure> {
             Err(why) => return Err(why.into()),
         }
     }
-    if node.with_keeper {
-        return Ok(());
-    }
+    // The keeper is gone. Who reads goes on reading, until another keeper's server takes over or all is unmounted.
     let mut state = server.state();
     while state.orders > 0 {
         state = (server.ended.wait(state)).unwrap_or_else(PoisonError::into_inner);
@@ -251,14 +246,18 @@ impl Server {
         let state = self.state();
         let mut totals = state.past.clone();
         let mut oldest = Duration::ZERO;
-        for mounted in state.mounted.values() {
+        let mut fetched = Vec::with_capacity(state.mounted.len());
+        for (id, mounted) in &state.mounted {
             totals.add(mounted);
             oldest = oldest.max(mounted.session.oldest());
+            let of_sources = mounted.store.sources().fetched();
+            fetched.push((*id, of_sources.iter().map(|(_, bytes)| bytes).sum()));
         }
         drop(state);
         self.report(&Report::Standing {
             oldest_ms: u64::try_from(oldest.as_millis()).unwrap_or(u64::MAX),
             metrics: totals.text(self.cache.as_deref()),
+            fetched,
         });
     }
 }

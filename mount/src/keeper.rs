@@ -183,6 +183,9 @@ pub struct MountStatus {
     pub idle_s: u64,
     /// How often it was given out.
     pub given: u64,
+    /// Bytes that its server brought to this node, ahead of readers or for them; none where the kernel serves a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fetched: Option<u64>,
     /// Where it is attached, for those who asked.
     #[serde(default)]
     pub paths: Vec<PathBuf>,

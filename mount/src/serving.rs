@@ -66,5 +66,8 @@ pub enum Report {
         oldest_ms: u64,
         /// Prometheus text.
         metrics: String,
+        /// Bytes that were brought to this node for an image, by its number.
+        #[serde(default)]
+        fetched: Vec<(u64, u64)>,
     },
 }

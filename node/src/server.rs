@@ -53,6 +53,8 @@ struct State {
     connections: BTreeMap<u64, Connection>,
     next: u64,
     metrics: String,
+    /// Bytes brought for each image that is served now.
+    fetched: Vec<(u64, u64)>,
     /// Servers that took over from one that died.
     takeovers: u64,
     stopping: bool,
@@ -308,10 +310,15 @@ impl Server {
                     }
                 }
                 Report::Whole { .. } => {}
-                Report::Standing { oldest_ms, metrics } => {
+                Report::Standing {
+                    oldest_ms,
+                    metrics,
+                    fetched,
+                } => {
                     asked = None;
                     let mut state = self.state();
                     state.metrics = metrics;
+                    state.fetched = fetched;
                     drop(state);
                     self.changed.notify_all();
                     if Duration::from_millis(oldest_ms) > DEADLINE * 2 {
@@ -345,6 +352,17 @@ impl Server {
 
     /// What the server counted, and how often another one took over.
     pub(crate) fn metrics(&self) -> (String, u64) {
+        let state = self.standing();
+        (state.metrics.clone(), state.takeovers)
+    }
+
+    /// Bytes brought for each image that is served now, by its number.
+    pub(crate) fn fetched(&self) -> BTreeMap<u64, u64> {
+        self.standing().fetched.iter().copied().collect()
+    }
+
+    /// The state with the server's figures of now, where it answers in time.
+    fn standing(&self) -> MutexGuard<'_, State> {
         let mut state = self.state();
         state.metrics.clear();
         if let Some(link) = state.link.clone()
@@ -357,7 +375,7 @@ impl Server {
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
         }
-        (state.metrics.clone(), state.takeovers)
+        state
     }
 
     /// The service ends: the server goes on by itself until nobody reads.

@@ -4,7 +4,7 @@
 //! wait for a filesystem (the loop driver reads the image); its client stops waiting by its own deadline and mounts by
 //! itself. All state is behind one lock that is never held over a call that could wait.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -610,6 +610,11 @@ impl Service {
     }
 
     fn status(&self) -> Status {
+        let any = (self.state().table.iter()).any(|(_, entry)| entry.mount.served.is_some());
+        let fetched = match any {
+            true => self.server.fetched(),
+            false => BTreeMap::new(),
+        };
         let state = self.state();
         let now = Instant::now();
         let paths = |berth: Berth| {
@@ -623,6 +628,7 @@ impl Service {
             users: entry.users,
             idle_s: entry.idle(now).as_secs(),
             given: entry.given,
+            fetched: (entry.mount.served).map(|id| fetched.get(&id).copied().unwrap_or_default()),
             paths: paths(entry.mount.berth),
         });
         Status {

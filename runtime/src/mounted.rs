@@ -18,6 +18,9 @@ use crate::refusal::{Refusal, code};
 /// How long the node service may take to give a mount that needs nothing fetched.
 const SERVICE: Duration = Duration::from_secs(5);
 
+/// How long the log waits for figures.
+const FIGURES: Duration = Duration::from_secs(1);
+
 /// An image that can be mounted any number of times.
 pub(crate) struct Image {
     /// The image's own working directory.
@@ -145,6 +148,27 @@ impl Image {
     /// Whether others read from this mount before, so that what they read is in memory.
     pub(crate) fn is_warm(&self) -> bool {
         self.warm
+    }
+
+    /// For the log: bytes that the node service has brought to this node for the image, for this step or others; `None`
+    /// where nothing has to be brought.
+    pub(crate) fn fetched(&self, config: &Config) -> Option<u64> {
+        let Source::Sealed(sealed) = &self.source else {
+            return None;
+        };
+        if sealed.leases.is_empty() {
+            return None;
+        }
+        let (socket, deadline) = (&config.node.service.socket, Instant::now() + FIGURES);
+        let answer = keeper::ask(socket, &keeper::Request::Status, None, deadline);
+        let Ok(keeper::Answer::Status(status)) = answer else {
+            return None;
+        };
+        let (digest, platform) = (&sealed.request.digest, &sealed.request.platform);
+        let mut mounts = status.mounts.iter();
+        mounts
+            .find(|m| m.digest == *digest && m.platform == *platform)?
+            .fetched
     }
 
     /// For the log: who serves the image, and whether it was there already.

@@ -106,6 +106,7 @@ pub(crate) fn run(parent: Channel) -> io::Result<()> {
         started: Instant::now(),
     };
     while step.turn()? {}
+    step.log_fetched();
     Ok(())
 }
 
@@ -423,6 +424,20 @@ impl Step {
 
     fn fail(&mut self, refusal: Refusal) {
         self.image = ImageState::Failed(refusal);
+    }
+
+    /// At the end, one line on what had to be brought to the node, if anything had.
+    fn log_fetched(&self) {
+        let (ImageState::Ready(image), Some(prepared)) = (&self.image, &self.prepared) else {
+            return;
+        };
+        if let Some(bytes) = image.fetched(&prepared.config) {
+            let (job, uid) = (prepared.job.job, prepared.job.user.uid);
+            let ms = self.started.elapsed().as_millis();
+            let how = image.how();
+            let line = format!("job={job} uid={uid} ms={ms} ended mount={how:?} fetched={bytes}\n");
+            let _ = io::stderr().write_all(line.as_bytes());
+        }
     }
 
     /// One line to the plugin's log, where it has one.

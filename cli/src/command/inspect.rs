@@ -1,12 +1,19 @@
 //! `berth inspect`: what is signed about an image. From the store itself, so that it says what a node would see.
 
+use std::time::Duration;
+
 use berth_image::{Platform, Record};
+use berth_mount::keeper::{Answer, How, MountStatus, Request};
 use serde_json::json;
 
+use crate::command::node;
 use crate::context::Context;
 use crate::error::{Failure, OTHER};
 use crate::local::{Found, Local, Wanted};
 use crate::output::{self, size, time};
+
+/// How long the node service may take to say how it has an image mounted.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 pub fn inspect(context: &Context, image: &str, platform: Option<Platform>) -> Result<(), Failure> {
     let wanted = Wanted::parse(image, context)?;
@@ -25,12 +32,37 @@ pub fn inspect(context: &Context, image: &str, platform: Option<Platform>) -> Re
             "reference": found.entry.as_ref().map(|e| e.reference.to_string()),
             "resolved_at": found.entry.as_ref().map(|e| e.resolved_at),
             "record": found.record,
+            "mounted": here(context, &found),
         }));
     }
-    show(&found)
+    show(&found, here(context, &found))
 }
 
-fn show(found: &Found) -> Result<(), Failure> {
+/// How this node has it mounted, where its node service says so: to root, and to users of their own folders.
+fn here(context: &Context, found: &Found) -> Option<MountStatus> {
+    let Ok(Answer::Status(status)) = node::ask(context, &Request::Status, PATIENCE) else {
+        return None;
+    };
+    let (digest, platform) = (&found.record.manifest, &found.record.platform);
+    let (digest, platform) = (digest.to_string(), platform.to_string());
+    let mut mounts = status.mounts.into_iter();
+    mounts.find(|mount| mount.digest == digest && mount.platform == platform)
+}
+
+fn mounted(here: &MountStatus) -> String {
+    let how = match here.how {
+        How::Kernel => "by the kernel from the image's file",
+        How::Cache => "by the kernel from the node's copy",
+        How::Lazy => "on demand",
+    };
+    let fetched = here
+        .fetched
+        .map(|bytes| format!(", {} fetched", size(bytes)));
+    let users = here.users;
+    format!("{how}{}, used by {users}", fetched.unwrap_or_default())
+}
+
+fn show(found: &Found, here: Option<MountStatus>) -> Result<(), Failure> {
     let record = &found.record;
     let mut facts = vec![
         ("image", record.manifest.to_string()),
@@ -65,6 +97,9 @@ fn show(found: &Found) -> Result<(), Failure> {
             record.run.working_dir.clone().unwrap_or_else(|| "-".into()),
         ),
     ]);
+    if let Some(here) = &here {
+        facts.push(("mounted here", mounted(here)));
+    }
     output::facts(&facts)?;
     list("environment", &record.run.env)?;
     let labels: Vec<String> = record

@@ -79,6 +79,7 @@ fn show(status: &Status) -> Result<(), Failure> {
                     _ => "-".to_owned(),
                 },
                 mount.given.to_string(),
+                mount.fetched.map_or_else(|| "-".to_owned(), output::size),
                 match mount.paths.as_slice() {
                     [] => "-".to_owned(),
                     paths => {
@@ -90,7 +91,9 @@ fn show(status: &Status) -> Result<(), Failure> {
         })
         .collect();
     output::table(
-        &["DIGEST", "PLATFORM", "BY", "USERS", "IDLE", "GIVEN", "AT"],
+        &[
+            "DIGEST", "PLATFORM", "BY", "USERS", "IDLE", "GIVEN", "FETCHED", "AT",
+        ],
         &rows,
     )?;
     match status.draining {
