@@ -1,5 +1,8 @@
-//! Which chunks are likely to be read next: who reads in order gets as much ahead as was read in order before, and who
-//! jumps about gets nothing.
+//! Which chunks are likely to be read next.
+//!
+//! Who reads in order gets as much ahead as was read in order before ([`Streams`]). Who reads here and there, but much
+//! of one place, as a walk through many small files does, gets the rest of that place ([`Places`]). Who jumps about gets
+//! nothing.
 
 use std::ops::Range;
 
@@ -75,6 +78,50 @@ impl Streams {
     }
 }
 
+/// Chunks of a place: 1 MiB.
+const PLACE: u32 = 16;
+/// Misses in a place after which the rest of it is fetched.
+const MUCH: u8 = 3;
+/// Places of a neighbourhood, 16 MiB; and how many of them must be fetched whole for the others to be at first touch.
+const NEIGHBOURS: usize = 16;
+const MANY: u8 = 6;
+
+/// How much of each place readers had to wait for.
+#[derive(Debug)]
+pub(super) struct Places {
+    misses: Vec<u8>,
+    whole: Vec<u8>,
+}
+
+impl Places {
+    pub(super) fn new(chunks: u32) -> Self {
+        let places = chunks.div_ceil(PLACE) as usize;
+        Self {
+            misses: vec![0; places],
+            whole: vec![0; places.div_ceil(NEIGHBOURS)],
+        }
+    }
+
+    /// Notes that a reader waits for a chunk, and says which place to fetch whole; it may go beyond the image's end.
+    pub(super) fn missed(&mut self, chunk: u32) -> Option<Range<u32>> {
+        let place = chunk / PLACE;
+        let misses = self.misses.get_mut(place as usize)?;
+        let whole = self.whole.get_mut(place as usize / NEIGHBOURS)?;
+        if *misses >= MUCH {
+            return None;
+        }
+        *misses += 1;
+        if *whole >= MANY {
+            *misses = MUCH;
+        }
+        if *misses < MUCH {
+            return None;
+        }
+        *whole = whole.saturating_add(1);
+        Some(place * PLACE..(place + 1) * PLACE)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,5 +159,27 @@ mod tests {
                 .any(|range| range.end >= 100 && range.end < 300)
         );
         assert!(ranges.iter().any(|range| range.end >= 5100));
+    }
+
+    #[test]
+    fn much_of_a_place_brings_the_rest_and_much_of_many_brings_their_neighbours() {
+        let mut places = Places::new(10 * 256);
+        assert_eq!(places.missed(5), None);
+        assert_eq!(places.missed(9), None);
+        assert_eq!(places.missed(0), Some(0..16));
+        assert_eq!(places.missed(3), None);
+        // One or two of each place elsewhere: nothing.
+        assert!(
+            (256..2560)
+                .step_by(16)
+                .all(|chunk| places.missed(chunk).is_none())
+        );
+        for place in 1..6 {
+            let chunks = place * 16..place * 16 + 3;
+            assert_eq!(chunks.filter_map(|chunk| places.missed(chunk)).count(), 1);
+        }
+        assert_eq!(places.missed(100), Some(96..112));
+        assert_eq!(places.missed(255), Some(240..256));
+        assert_eq!(places.missed(u32::MAX), None);
     }
 }

@@ -2,7 +2,7 @@
 //! the rest of the image where the site wants that.
 //!
 //! A few threads of each image, started when there is work and ended when there has been none for a while. What is
-//! ahead of a reader goes first; a plan lets one thread work, and the others wait, while readers wait for bytes.
+//! ahead of a reader goes first; while readers wait for bytes a plan goes on with fewer threads.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -31,7 +31,7 @@ const REST: Duration = Duration::from_secs(1);
 pub struct Pace {
     /// Most bytes a second; `None` is as many as come.
     pub bytes_per_s: Option<u64>,
-    /// Wait as long as any reader waits, and not only with all but one thread.
+    /// It comes after other plans, and gives way to readers with all threads but one; else with half of them.
     pub last: bool,
 }
 
@@ -206,7 +206,12 @@ impl Background {
         // A plan that gives way to all comes after the others, by the order of `last`.
         queue.plans.sort_by_key(|plan| (plan.pace.last, plan.id));
         for plan in &mut queue.plans {
-            let gives_way = demand && (plan.pace.last || plan.working > 0);
+            let most = match (demand, plan.pace.last) {
+                (false, _) => WORKERS,
+                (true, false) => WORKERS / 2,
+                (true, true) => 1,
+            };
+            let gives_way = plan.working >= most;
             if plan.runs.is_empty() {
                 continue;
             }

@@ -17,7 +17,7 @@ use berth_squashfs::read::ReadAt;
 use berth_squashfs::verity::BLOCK;
 
 use super::CHUNK;
-use super::ahead::Streams;
+use super::ahead::{Places, Streams};
 use super::cache::Cache;
 use super::file::CacheFile;
 use super::flights::{Flights, Landings, Outcome};
@@ -74,6 +74,7 @@ pub struct ChunkStore {
     flights: Flights,
     recent: Mutex<VecDeque<(u32, Arc<[u8]>)>>,
     streams: Mutex<Streams>,
+    places: Mutex<Places>,
     recorder: Mutex<Option<Recorder>>,
     background: Arc<Background>,
     counters: Counters,
@@ -105,6 +106,7 @@ impl ChunkStore {
         let tree = open_tree(&sealed, &sources, cache.as_deref())?;
         Ok(Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
+            places: Mutex::new(Places::new(chunks.data_count)),
             sealed,
             chunks,
             tree,
@@ -218,6 +220,7 @@ impl ChunkStore {
             }
             waiting.get_or_insert_with(|| self.background.demand());
             if let Some(landings) = self.flights.lead(chunk..after, |c| !self.is_here(c)) {
+                self.missed(chunk);
                 let skip = skip as usize;
                 let want = Want { skip, out };
                 return self.load(landings, &gate::DEMAND, until, Some(want));
@@ -407,11 +410,25 @@ impl ChunkStore {
         }
         let ahead = lock(&self.streams).note(chunks);
         if let Some(ahead) = ahead {
-            let end = ahead.end.min(self.chunks.data_count);
-            let ahead = ahead.start..end;
-            if ahead.clone().any(|chunk| !self.is_here(chunk)) {
-                self.background.ahead(&self.me, ahead);
-            }
+            self.ahead(ahead);
+        }
+    }
+
+    /// A reader has to wait for this chunk.
+    fn missed(&self, chunk: u32) {
+        if self.cache.is_none() || chunk >= self.chunks.data_count {
+            return;
+        }
+        let place = lock(&self.places).missed(chunk);
+        if let Some(place) = place {
+            self.ahead(place);
+        }
+    }
+
+    fn ahead(&self, range: Range<u32>) {
+        let range = range.start..range.end.min(self.chunks.data_count);
+        if range.clone().any(|chunk| !self.is_here(chunk)) {
+            self.background.ahead(&self.me, range);
         }
     }
 }
