@@ -5,9 +5,11 @@ mod envelope;
 mod layers;
 mod manifest;
 mod merge;
+mod node;
 mod reference;
 mod squashfs;
 mod tar;
+mod trace;
 
 /// Layers byte by byte, as convert's own tests write them.
 #[path = "../../../convert/tests/layers/build.rs"]
@@ -30,4 +32,6 @@ pub const ALL: &[Target] = &[
     manifest::TARGET,
     envelope::TARGET,
     reference::TARGET,
+    trace::TARGET,
+    node::TARGET,
 ];
