@@ -2,8 +2,8 @@
 //!
 //! The child reads the record and opens the data file with the user's rights, and asks the daemon as the user where
 //! the store does not have the image. Nothing it says is believed: the parent verifies the record and looks at the
-//! file again ([`crate::sealed`]). Opens on the store: its root, the record, the data file; a reference's entry first
-//! where no digest is known and the daemon does not answer.
+//! file again ([`crate::sealed`]). Opens on the store: its root, the record, the data file, and a look at FORMAT; a
+//! reference's entry first where no digest is known and the daemon does not answer.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,7 +16,7 @@ use berth_client::{Client, ClientError};
 use berth_config::Config;
 use berth_image::envelope::MAX_ENVELOPE;
 use berth_image::{Digest, ImageRef, PublicKey, Record, RefEntry, layout};
-use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
+use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat, openat2};
 use rustix::io::Errno;
 
 use crate::channel::Channel;
@@ -50,7 +50,8 @@ pub(crate) mod tag {
     pub(crate) const ACCOUNT: u8 = b'A';
     /// Progress, plain text.
     pub(crate) const PROGRESS: u8 = b'P';
-    /// `digest`, `record`, or nothing for a file of the user's own; with the data file's descriptor.
+    /// `digest`, `record`, or nothing for a file of the user's own; with the descriptors of the data file and, for the
+    /// store's, of its FORMAT.
     pub(crate) const FOUND: u8 = b'F';
     /// A refusal.
     pub(crate) const REFUSED: u8 = b'E';
@@ -61,6 +62,8 @@ struct Found {
     digest: Digest,
     record: Vec<u8>,
     data: OwnedFd,
+    /// The store's FORMAT file, as a place: its owner is the store's.
+    format: OwnedFd,
 }
 
 /// The child's life.
@@ -90,7 +93,11 @@ pub(crate) fn run(search: &Search<'_>, channel: &Channel) -> io::Result<()> {
         Ok(found) => Body::default()
             .field("digest", found.digest.to_string().as_bytes())
             .field("record", &found.record)
-            .send_wait(&channel, tag::FOUND, &[found.data.as_fd()]),
+            .send_wait(
+                &channel,
+                tag::FOUND,
+                &[found.data.as_fd(), found.format.as_fd()],
+            ),
         Err(refusal) => refusal.body().send_wait(&channel, tag::REFUSED, &[]),
     }
 }
@@ -145,6 +152,9 @@ impl Search<'_> {
                         digest,
                         record,
                         data,
+                        format: store
+                            .format()
+                            .map_err(|e| store.refused(&name, "owner", e))?,
                     }));
                 }
                 Err(Errno::NOENT | Errno::STALE) => {}
@@ -335,6 +345,12 @@ impl<'a> StoreDir<'a> {
         let resolve =
             ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
         openat2(&self.root, path, flags, Mode::empty(), resolve)
+    }
+
+    /// The FORMAT file, not opened: whose it is says whose the store is.
+    fn format(&self) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        openat(&self.root, layout::FORMAT, flags, Mode::empty())
     }
 
     fn read(&self, path: &Path) -> Result<Vec<u8>, Errno> {

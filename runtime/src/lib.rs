@@ -18,6 +18,7 @@ mod prepared;
 mod preread;
 mod refusal;
 mod sealed;
+mod serials;
 mod slurm;
 mod step;
 mod submit;

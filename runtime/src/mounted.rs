@@ -4,6 +4,7 @@
 //! image's descriptor, opened as the job's user, and what the record says of it.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use berth_config::{Config, MountMode};
@@ -181,7 +182,8 @@ impl Sealed {
     fn mount(&mut self, config: &Config) -> Result<Mounted, Refusal> {
         if self.device.is_none() {
             let (socket, deadline) = (&config.node.service.socket, Instant::now() + SERVICE);
-            match keeper::mount(socket, &self.request, Some(self.data.as_fd()), deadline) {
+            let given = keeper::mount(socket, &self.request, Some(self.data.as_fd()), deadline);
+            match given.and_then(|given| of_root(given, socket)) {
                 Ok(given) => {
                     let (how, warm) = (words(&given), given.kept);
                     self.leases.push(given.lease);
@@ -218,6 +220,17 @@ impl Sealed {
             },
             warm,
         })
+    }
+}
+
+/// A mount from anybody but root is no mount of an image.
+fn of_root(given: Given, socket: &Path) -> Result<Given, KeeperError> {
+    match rustix::net::sockopt::socket_peercred(&given.lease) {
+        Ok(peer) if peer.uid.is_root() => Ok(given),
+        _ => Err(KeeperError::Absent {
+            socket: socket.to_owned(),
+            why: "it is not root's".into(),
+        }),
     }
 }
 

@@ -12,6 +12,7 @@ use crate::mounts::{self, own_path};
 use crate::own_image::OwnImage;
 use crate::refusal::{Refusal, code};
 use crate::sealed;
+use crate::serials;
 use crate::slurm;
 use crate::trusted;
 use crate::user::Account;
@@ -63,7 +64,12 @@ impl Prepared {
     }
 
     /// Checks what was found and mounts it.
-    pub(crate) fn mount(&self, found: Fields<'_>, data: OwnedFd) -> Result<Image, Refusal> {
+    pub(crate) fn mount(
+        &self,
+        found: Fields<'_>,
+        data: OwnedFd,
+        format: Option<OwnedFd>,
+    ) -> Result<Image, Refusal> {
         if let Some(path) = &self.wanted.own {
             let (config, job) = (&self.config, &self.job);
             let owner = job.writable.then_some(&job.user);
@@ -76,6 +82,10 @@ impl Prepared {
         let bytes = found.get("record").unwrap_or_default();
         let (wanted, user) = (&self.wanted, &self.job.user);
         let record = sealed::verify(wanted, &digest, bytes, &self.keys, data.as_fd(), user)?;
+        let format = format
+            .ok_or_else(|| Refusal::new(code::INTERNAL, "what was found: no owner of the store"))?;
+        sealed::belongs_to_store(wanted, data.as_fd(), format.as_fd())?;
+        serials::look(&self.config.node.run_dir, &record, &wanted.name())?;
         let environment = self.environment(&record.run.env)?;
         let owner = Owner {
             digest,

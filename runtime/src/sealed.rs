@@ -51,6 +51,26 @@ pub(crate) fn verify(
     Ok(record)
 }
 
+/// The data file belongs to whom the store belongs to: the owner of its FORMAT file, or root, who may have restored it.
+pub(crate) fn belongs_to_store(
+    wanted: &Wanted,
+    data: BorrowedFd<'_>,
+    format: BorrowedFd<'_>,
+) -> Result<(), Refusal> {
+    let owner = |fd| fstat(fd).map(|stat| stat.st_uid);
+    match (owner(data), owner(format)) {
+        (Ok(0), Ok(_)) => Ok(()),
+        (Ok(of_data), Ok(of_store)) if of_data == of_store => Ok(()),
+        _ => {
+            let name = wanted.name();
+            let line = format!("the data file of `{name}` does not belong to the store's owner");
+            Err(Refusal::new(code::PERMISSION, line).hint(
+                "tell the site's admins: files in the store belong to the sealer, as its FORMAT file does, or to root",
+            ))
+        }
+    }
+}
+
 pub(crate) fn not_believed(name: &str, error: &EnvelopeError) -> Refusal {
     Refusal::new(
         code::PERMISSION,

@@ -247,7 +247,13 @@ fn libraries(run_dir: &Path, srun: &Path, lib_dir: &Path, plugins: &[PathBuf]) -
     {
         return rest.lines().map(PathBuf::from).collect();
     }
-    let found = ask_the_linker(srun, lib_dir, plugins).unwrap_or_default();
+    // What could not be found out is asked anew by the next step.
+    let Some(found) = ask_the_linker(srun, lib_dir, plugins)
+        .ok()
+        .filter(|found| !found.is_empty())
+    else {
+        return Vec::new();
+    };
     let lines: Vec<&str> = found.iter().filter_map(|p| p.to_str()).collect();
     // Two steps of one boot may both write: each writes the same, and a rename is whole.
     let temporary = run_dir.join(format!("{CACHE}.{}", std::process::id()));

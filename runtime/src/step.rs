@@ -265,10 +265,12 @@ impl Step {
     }
 
     fn found(&mut self, body: &[u8], descriptors: Vec<OwnedFd>) {
-        let (Some(prepared), Some(data)) = (&self.prepared, descriptors.into_iter().next()) else {
+        let mut descriptors = descriptors.into_iter();
+        let (data, format) = (descriptors.next(), descriptors.next());
+        let (Some(prepared), Some(data)) = (&self.prepared, data) else {
             return self.fail(ended("the process that looks for the image"));
         };
-        match prepared.mount(Fields(body), data) {
+        match prepared.mount(Fields(body), data, format) {
             Ok(image) => self.image = ImageState::Ready(Box::new(image)),
             Err(refusal) => self.fail(refusal),
         }

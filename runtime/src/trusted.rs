@@ -63,7 +63,7 @@ pub(crate) fn load_keys(config: &Config) -> Result<Vec<PublicKey>, TrustError> {
     Ok(keys)
 }
 
-/// A folder that only root can change, made if it is not there.
+/// A folder that only root can change, made if it is not there; nor may others be able to put another in its place.
 pub(crate) fn own_folder(path: &Path) -> Result<(), TrustError> {
     let fail = |source: io::Error| TrustError::Read {
         path: path.to_owned(),
@@ -73,8 +73,9 @@ pub(crate) fn own_folder(path: &Path) -> Result<(), TrustError> {
         Ok(()) | Err(rustix::io::Errno::EXIST) => {}
         Err(errno) => return Err(fail(errno.into())),
     }
-    let stat = stat(path).map_err(|e| fail(e.into()))?;
-    check(path, &stat, false)
+    let facts = stat(path).map_err(|e| fail(e.into()))?;
+    check(path, &facts, false)?;
+    check_above(path)
 }
 
 /// Reads a file that nobody but root can change: it and every folder above it are root's, and not writable by others
@@ -87,15 +88,25 @@ fn read(path: &Path) -> Result<String, TrustError> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = open(path, flags, Mode::empty()).map_err(|e| fail(e.into()))?;
     check(path, &fstat(&file).map_err(|e| fail(e.into()))?, false)?;
-    let real = path.canonicalize().map_err(fail)?;
-    for folder in real.ancestors().skip(1) {
-        let stat = stat(folder).map_err(|e| fail(e.into()))?;
-        check(folder, &stat, true)?;
-    }
+    check_above(path)?;
     let mut text = String::new();
     let mut file = File::from(file).take(LARGEST);
     file.read_to_string(&mut text).map_err(fail)?;
     Ok(text)
+}
+
+/// Every folder above `path` is root's, and not writable by others but where the sticky bit keeps names.
+fn check_above(path: &Path) -> Result<(), TrustError> {
+    let fail = |path: &Path, source: io::Error| TrustError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let real = path.canonicalize().map_err(|e| fail(path, e))?;
+    for folder in real.ancestors().skip(1) {
+        let stat = stat(folder).map_err(|e| fail(folder, e.into()))?;
+        check(folder, &stat, true)?;
+    }
+    Ok(())
 }
 
 fn check(path: &Path, stat: &Stat, sticky_is_fine: bool) -> Result<(), TrustError> {

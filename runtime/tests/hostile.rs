@@ -268,3 +268,26 @@ fn account_files_cannot_be_broken_by_the_image() {
     }
     step.end();
 }
+
+#[test]
+fn no_way_of_names_leads_a_bind_over_proc_or_sys() {
+    if !able() {
+        return;
+    }
+    let site = Site::new();
+    site.publish(&Tree::new());
+    let (data, other) = (site.users_folder("data"), site.users_folder("other"));
+    symlink("/proc", data.join("p")).unwrap();
+    symlink("/sys/kernel", data.join("s")).unwrap();
+    for target in ["/data/p/sys", "/data/s"] {
+        let mounts = [
+            format!("{}:/data", data.display()),
+            format!("{}:{target}", other.display()),
+        ];
+        let fields: Vec<_> = mounts.iter().map(|m| ("mount", m.as_ref())).collect();
+        let step = Step::start(&site, &fields);
+        let (_, text) = step.ask(0, "/").refusal();
+        assert!(text.contains("not allowed in /proc and /sys"), "{text}");
+        step.end();
+    }
+}

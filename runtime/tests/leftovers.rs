@@ -41,7 +41,9 @@ fn a_killed_helper_leaves_the_running_task_and_nothing_after_it() {
     running.wait().unwrap();
     site.wait_clean();
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    assert!(!mounts.contains("berth"), "{mounts}");
+    // Others on this machine may have mounts of Berth's.
+    let ours = site.folder.path().to_str().unwrap();
+    assert!(!mounts.contains(ours), "{mounts}");
 }
 
 #[test]

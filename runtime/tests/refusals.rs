@@ -4,7 +4,7 @@ mod rig;
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 
 use berth_image::{Digest, Platform, PrivateKey, layout};
 use rig::{Answer, Site, Step, Tree, UID, able, text};
@@ -216,4 +216,67 @@ fn bad_mounts_are_named() {
     site.node = format!("user_mounts = false\n{}", site.node);
     let (code, text) = refusal(&site, &[("mount", "/tmp".as_ref())]);
     assert!(code == 2 && text.contains("not allowed"), "{text}");
+}
+
+#[test]
+fn a_data_file_that_is_not_the_stores_owners() {
+    if !able() {
+        return;
+    }
+    let somebody = 33;
+    let (site, tree) = site();
+    let record = site.publish(&tree);
+    chown(site.data_file(&record), Some(somebody), None).unwrap();
+    let (code, text) = refusal(&site, &[]);
+    assert!(
+        code == 77 && text.contains("does not belong to the store's owner"),
+        "{text}"
+    );
+    let format = site.store().join(layout::FORMAT);
+    chown(&format, Some(somebody), None).unwrap();
+    let step = Step::start(&site, &[]);
+    assert_eq!(text_of(&step, "echo $OF_IMAGE"), "yes");
+    // Root may have put it back from a copy.
+    chown(site.data_file(&record), Some(0), None).unwrap();
+    let step = Step::start(&site, &[]);
+    assert_eq!(text_of(&step, "echo $OF_IMAGE"), "yes");
+}
+
+#[test]
+fn a_record_that_is_older_than_one_seen_before() {
+    if !able() {
+        return;
+    }
+    let (site, tree) = site();
+    let old = site.publish(&tree);
+    let path = site.data_file(&old).with_file_name(layout::RECORD);
+    let mut new = old.clone();
+    new.serial = 2;
+    let envelopes = [&old, &new].map(|record| record.seal(&site.key).unwrap());
+    fs::write(&path, &envelopes[1]).unwrap();
+    assert_eq!(text_of(&Step::start(&site, &[]), "echo $OF_IMAGE"), "yes");
+    fs::write(&path, &envelopes[0]).unwrap();
+    let (code, text) = refusal(&site, &[]);
+    assert!(
+        code == 77 && text.contains("serial is 1") && text.contains("seen 2"),
+        "{text}"
+    );
+    fs::remove_dir_all(site.path("run").join("serials")).unwrap();
+    assert_eq!(text_of(&Step::start(&site, &[]), "echo $OF_IMAGE"), "yes");
+}
+
+#[test]
+fn a_run_folder_that_others_can_replace() {
+    if !able() {
+        return;
+    }
+    let (site, tree) = site();
+    site.publish(&tree);
+    let between = site.path("between");
+    fs::create_dir(&between).unwrap();
+    symlink(between.join("run"), site.path("run")).unwrap();
+    fs::create_dir(between.join("run")).unwrap();
+    chown(&between, Some(UID), None).unwrap();
+    let (code, text) = refusal(&site, &[]);
+    assert!(code == 78 && text.contains("between"), "{text}");
 }

@@ -349,19 +349,35 @@ fn read_some(fd: i32, text: &mut Vec<u8>) -> bool {
     }
 }
 
-/// The exit code, if it can be had; a helper that is late is killed and not waited for.
+/// How long a helper that said all it has to say may take to end.
+const ENDING: Duration = Duration::from_millis(500);
+
+/// The exit code, if it can be had; a helper that is late, or that stays after its last word, is killed and not waited
+/// for.
 fn reap(pid: libc::pid_t, finished: bool) -> Option<u8> {
+    if !finished || !ends_soon(pid) {
+        // SAFETY: our own child, not waited for yet: the number is still its own.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
     let mut status = 0;
-    let flags = if finished { 0 } else { libc::WNOHANG };
     // SAFETY: our own child; a client that ignores SIGCHLD answers ECHILD.
-    let reaped = unsafe {
-        if !finished {
-            libc::kill(pid, libc::SIGKILL);
-        }
-        libc::waitpid(pid, &raw mut status, flags)
-    };
-    (reaped == pid && libc::WIFEXITED(status))
+    let reaped = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
+    (finished && reaped == pid && libc::WIFEXITED(status))
         .then(|| u8::try_from(libc::WEXITSTATUS(status)).unwrap_or(255))
+}
+
+/// Waits for the child's end, for at most [`ENDING`].
+fn ends_soon(pid: libc::pid_t) -> bool {
+    const NO_FLAGS: libc::c_uint = 0;
+    // SAFETY: numbers only; the child is not waited for yet.
+    let number = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, NO_FLAGS) };
+    let Ok(number @ 0..) = i32::try_from(number) else {
+        // The process is gone altogether, or the kernel older than any that runs containers.
+        return true;
+    };
+    // SAFETY: fresh and ours.
+    let process = unsafe { OwnedFd::from_raw_fd(number) };
+    sockets::wait(process.as_fd(), libc::POLLIN, Instant::now() + ENDING).is_ok()
 }
 
 fn set(name: &CStr, value: &[u8]) {
@@ -390,6 +406,24 @@ fn say(kind: &[u8], text: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_helper_that_stays_after_its_last_word_is_not_waited_for() {
+        let stays = "exec >&- 2>&-; while :; do :; done";
+        let mut child = std::process::Command::new("/bin/sh")
+            .args(["-c", stays])
+            .spawn()
+            .unwrap();
+        assert_eq!(reap(child.id() as libc::pid_t, true), None);
+        // Killed: this returns, or the test hangs.
+        let _ = child.wait();
+        let mut done = std::process::Command::new("/bin/sh")
+            .args(["-c", "exit 65"])
+            .spawn()
+            .unwrap();
+        assert_eq!(reap(done.id() as libc::pid_t, true), Some(65));
+        assert!(done.wait().is_err(), "it is reaped");
+    }
 
     #[test]
     fn answers_are_judged() {

@@ -1,6 +1,6 @@
 //! One thing of the node's that appears in the image: opened, cloned, attached.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, OFlags, StatVfsMountFlags, fstat, fstatvfs};
@@ -10,6 +10,9 @@ use super::error::at;
 use super::{Spot, ViewError, inside};
 use crate::opener::{OpenError, Opener};
 use crate::sys::mount_set_attributes;
+
+/// Why users bind nothing there.
+pub(super) const NOT_IN_SYSTEM: &str = "not allowed in /proc and /sys";
 
 /// A bind, as asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -151,6 +154,13 @@ pub(super) fn attach(
             }
         },
     };
+    if bind.kind == Kind::Users && is_systems(root, target.as_fd()) {
+        return Err(ViewError::Target {
+            what: bind.what,
+            target: bind.target.clone(),
+            why: NOT_IN_SYSTEM,
+        });
+    }
     let there = fstat(&target).map_err(at("look at", &bind.target))?;
     if !matches!(bind.kind, Kind::System | Kind::Devices) && !bind.read_only {
         let source = fstat(&open.source).map_err(at("look at", &bind.source))?;
@@ -169,6 +179,19 @@ pub(super) fn attach(
     }
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(tree, c"", &target, c"", flags).map_err(at("mount at", &bind.target))
+}
+
+/// Whether a place below `root` is in its `/proc` or `/sys`, whatever names and links led there.
+fn is_systems(root: BorrowedFd<'_>, place: BorrowedFd<'_>) -> bool {
+    let path = |fd: BorrowedFd<'_>| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    let (Ok(root), Ok(place)) = (path(root), path(place)) else {
+        // What cannot be told is not allowed.
+        return true;
+    };
+    match place.strip_prefix(&root) {
+        Ok(below) => below.starts_with("proc") || below.starts_with("sys"),
+        Err(_) => true,
+    }
 }
 
 fn is_read_only(place: &OwnedFd) -> bool {

@@ -15,7 +15,7 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{FileType, OFlags, RawDir, fstat, readlinkat};
 use rustix::io::Errno;
 
-use super::bind::{Kind, Link, OpenBind};
+use super::bind::{Kind, Link, NOT_IN_SYSTEM, OpenBind};
 use super::error::at;
 use super::{ViewError, inside};
 
@@ -96,7 +96,7 @@ impl<'a> Atlas<'a> {
                 let system = bound.starts_with("proc") || bound.starts_with("sys");
                 return match bind.kind {
                     Kind::Fallback => Ok(None),
-                    Kind::Users if system => Err(refuse("not allowed in /proc and /sys")),
+                    Kind::Users if system => Err(refuse(NOT_IN_SYSTEM)),
                     _ => Ok(Some(Spot::Below {
                         bound: Path::new("/").join(bound),
                     })),

@@ -58,6 +58,7 @@ impl Site {
             node: "[node.slurm]\nclient = false\n".into(),
         };
         fs::create_dir(site.store()).unwrap();
+        fs::write(site.store().join(layout::FORMAT), "berth-store 1\n").unwrap();
         fs::write(site.path("site.pub"), site.key.public().to_pem().unwrap()).unwrap();
         site
     }
