@@ -52,6 +52,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // The plugin's own call, once a step and on every start's way: nothing to parse.
+    if std::env::args_os().skip(1).eq(["step"]) {
+        return berth_runtime::step();
+    }
     match Arguments::parse().command {
         Command::Attach {
             config,

@@ -46,6 +46,10 @@ class Cluster:
             finally:
                 step.terminate()
 
+    def service(self, do, part):
+        """Starts or stops one of its processes."""
+        subprocess.run([CLUSTER, "service", self.name, do, part], check=True, stdout=subprocess.DEVNULL)
+
     def push(self, image, name):
         """Pushes one of scripts/demo-image's images; its reference."""
         target = f"{self.registry}/{name}"

@@ -1,4 +1,8 @@
-"""How long a warm start takes: against bare srun, against a Slurm without the plugin, and against ch-run."""
+"""How long a warm start takes: against bare srun, against a Slurm without the plugin, and against ch-run.
+
+Three ways a node may have the image: a fresh mount (no node service, or nobody used it for a while: everything is
+decompressed again), a mount that another step uses, and one that the node service kept.
+"""
 
 from .clusters import Cluster
 from .measure import Variant, added, against, interleave, say, timed, version
@@ -36,6 +40,8 @@ def measure(runs, ours, bare, unguarded, prolog):
         interleave(list(variants), runs, warm_up=2)
         return variants
 
+    # First without the node service: each job mounts by itself.
+    ours.service("stop", "node")
     say("srun true")
     none, alone, other, plain, inside, peer = group(
         srun("no plugin", "true", cluster=bare),
@@ -68,18 +74,34 @@ def measure(runs, ours, bare, unguarded, prolog):
             srun("container python", container, "python3", "-c", IMPORT),
             srun("srun ch-run", "ch-run", file, "--", "python3", "-c", IMPORT),
         )
+    say("the same on the mount that the node service kept")
+    ours.service("start", "node")
+    ours.user("srun", container, "true")
+    plain_kept, inside_kept, peer_kept = group(
+        srun("srun true", "true"),
+        srun("container", container, "true"),
+        srun("srun ch-run", "ch-run", file, "--", "true"),
+    )
+    python_kept, peer_python_kept = group(
+        srun("container python", container, "python3", "-c", IMPORT),
+        srun("srun ch-run", "ch-run", file, "--", "python3", "-c", IMPORT),
+    )
     rows = [
         against("srun true, plugin loaded", alone, none),
         added("plugin adds to srun true", alone, none, other, "TaskProlog=/bin/true adds", bar=("value", 1.0)),
         added("plugin and guard add to srun true", plain, none, other, "TaskProlog=/bin/true adds"),
-        against("srun --container IMG true", inside, plain),
-        added("container adds to srun true", inside, plain, peer, "ch-run adds", bar=("value", 8.0)),
-        against("srun --container IMG true", inside, peer),
-        added("container adds to srun -n8 true", inside8, plain8, peer8, "ch-run adds"),
-        against("srun -n8 --container IMG true", inside8, peer8),
-        against("python3, numpy and scipy", python, peer_python, bar=("ratio", 0.6)),
+        against("fresh mount: srun --container IMG true", inside, plain),
+        added("fresh mount: container adds to srun true", inside, plain, peer, "ch-run adds", bar=("value", 8.0)),
+        against("fresh mount: srun --container IMG true", inside, peer),
+        added("fresh mount: container adds to srun -n8 true", inside8, plain8, peer8, "ch-run adds"),
+        against("fresh mount: srun -n8 --container IMG true", inside8, peer8),
+        against("fresh mount: python3, numpy and scipy", python, peer_python),
         added("image in use: container adds to srun true", inside_held, plain_held, peer_held, "ch-run adds",
               bar=("value", 8.0)),
         against("image in use: python3, numpy and scipy", python_held, peer_python_held, bar=("ratio", 0.6)),
+        added("kept mount: container adds to srun true", inside_kept, plain_kept, peer_kept, "ch-run adds",
+              bar=("value", 3.0)),
+        against("kept mount: srun --container IMG true", inside_kept, plain_kept),
+        against("kept mount: python3, numpy and scipy", python_kept, peer_python_kept, bar=("ratio", 0.45)),
     ]
     return rows, {"slurm": version("srun", "--version"), "ch-run": version("ch-run", "--version")}

@@ -143,6 +143,16 @@ fn start(spank: Spank, settings: &Settings, wish: &Wish) -> Result<Link, Failure
         ))
     };
     let (ours, theirs) = sockets::pair().map_err(failed)?;
+    // Before the helper starts, so that it finds them there, however late this process runs again.
+    for message in &messages {
+        match sockets::try_send(ours.as_fd(), message, &[]) {
+            Ok(()) => {}
+            Err(libc::EAGAIN) => {
+                return Err(Failure::new("the mounts are too many for one message"));
+            }
+            Err(number) => return Err(failed(number)),
+        }
+    }
     let log = settings.log.as_deref().and_then(open_log);
     let program = Program {
         path: ffi::c_string(settings.runtime.as_bytes()).ok_or_else(|| failed(libc::EINVAL))?,
@@ -158,16 +168,6 @@ fn start(spank: Spank, settings: &Settings, wish: &Wish) -> Result<Link, Failure
         on_failure: (3, exec_failure(settings)),
     };
     program.start().map_err(failed)?;
-    for message in &messages {
-        match sockets::try_send(ours.as_fd(), message, &[]) {
-            // The helper ended already; its last words are in the socket, and the tasks read them.
-            Ok(()) | Err(libc::EPIPE | libc::ECONNRESET) => {}
-            Err(libc::EAGAIN) => {
-                return Err(Failure::new("the mounts are too many for one message"));
-            }
-            Err(number) => return Err(failed(number)),
-        }
-    }
     Ok(Link {
         helper: ours,
         wait: settings.wait,
