@@ -43,7 +43,7 @@ fn a_pull_is_followed_and_its_result_alone_goes_to_stdout() {
     );
     assert_eq!(
         seen.all()[0],
-        r#"POST /v1/pulls {"reference":"docker://a.b/c:1","platform":"linux/arm64"}"#
+        r#"POST /v1/pulls {"reference":"docker://a.b/c:1","platform":"linux/arm64","fresh":true}"#
     );
 
     let quiet = site.berth(&["--quiet", "pull", IMAGE]);

@@ -96,6 +96,17 @@ fn a_record_that_no_trusted_key_signed_is_not_believed() {
 }
 
 #[test]
+fn a_list_of_the_store_has_the_references_of_its_signed_entries() {
+    let site = Site::new();
+    let record = site.publish(IMAGE);
+    let said = site.berth(&["images", "--json"]);
+    let images: serde_json::Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!(images[0]["digest"], record.manifest.to_string());
+    let name = IMAGE.trim_start_matches("docker://");
+    assert_eq!(images[0]["references"], serde_json::json!([name]));
+}
+
+#[test]
 fn a_cut_off_file_is_not_handed_out() {
     let site = Site::new();
     let record = site.publish(IMAGE);

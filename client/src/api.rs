@@ -15,6 +15,9 @@ pub struct PullRequest {
     /// `os/architecture[/variant]`; the daemon's own platform without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<String>,
+    /// Try again even where a failure of a moment ago would be the answer: for a person who asks again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fresh: bool,
 }
 
 /// An image on its way into the store, or one that arrived or failed lately.

@@ -62,6 +62,7 @@ fn a_pull_is_posted_and_its_answer_read() {
     let request = PullRequest {
         reference: "a.b/c:1".into(),
         platform: None,
+        fresh: false,
     };
     let pull = Client::unix(&path).pull(&request).unwrap();
     assert_eq!((pull.id.as_str(), pull.state), ("p1", PullState::Fetching));

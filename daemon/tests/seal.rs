@@ -1,7 +1,7 @@
 //! The sealer as a process, with the real converter: what is published, and what is not.
 
-#[path = "../../convert/tests/common/mod.rs"]
-mod common;
+#[path = "../../convert/tests/layers/build.rs"]
+mod build;
 
 use std::io::{PipeWriter, Write as _};
 use std::os::fd::OwnedFd;
@@ -15,7 +15,7 @@ use berth_image::record::{Admission, Record};
 use berth_image::{Digest, ImageRef, PrivateKey, RefEntry, Store, layout};
 use berthd::seal::client;
 use berthd::seal::protocol::{Answer, RefRequest, Request, SealFailure, SealRequest, Sealed};
-use common::{Tar, gzip};
+use build::{Tar, gzip};
 
 const SOON: Duration = Duration::from_secs(30);
 

@@ -31,6 +31,10 @@ use crate::wire::{Body, Job};
 const STALE_NAMES: Duration = Duration::from_secs(65);
 /// How long to look for a daemon before saying that there is none.
 const DAEMON_GRACE: Duration = Duration::from_secs(5);
+/// How long a daemon is waited for where the store may know the answer: it answers within 5 s what it knows itself.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long one is waited for that has to ask a registry.
+const RESOLVE: Duration = Duration::from_secs(60);
 /// One long poll.
 const POLL: Duration = Duration::from_secs(10);
 
@@ -175,11 +179,22 @@ impl Search<'_> {
             platform: Some(self.wanted.platform.to_string()),
             job,
         };
-        let answer = Client::from_config(self.config).and_then(|c| c.resolve(&request));
+        let ask = |limit| {
+            Client::from_config(self.config).and_then(|c| c.within(limit).resolve(&request))
+        };
+        let mut answer = ask(PATIENCE);
+        let mut entry = None;
+        if matches!(&answer, Err(e) if !matches!(e, ClientError::Api(_))) {
+            entry = self.entry(store)?;
+        }
+        // What the store does not know either, a busy daemon may take longer for.
+        if entry.is_none() && matches!(&answer, Err(ClientError::Timeout { .. })) {
+            answer = ask(RESOLVE);
+        }
         match answer {
             Ok(resolved) => parse_digest(&resolved.digest),
             Err(ClientError::Api(body)) => Err(of_daemon(ClientError::Api(body))),
-            Err(error) => match self.entry(store)? {
+            Err(error) => match entry {
                 Some(digest) => Ok(digest),
                 None => {
                     let name = self.wanted.name();
@@ -222,6 +237,7 @@ impl Search<'_> {
         let request = PullRequest {
             reference: pinned(reference, digest),
             platform: Some(self.wanted.platform.to_string()),
+            fresh: false,
         };
         let mut last_answer = Instant::now();
         let mut heard = false;

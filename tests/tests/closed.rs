@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use berth_tests::cluster::unique;
 use berth_tests::proxy::{Fault, Wrong};
 use berth_tests::suite::{WHERE, container, suite};
-use berth_tests::{Cluster, Ended, Image, Options, Proxy, wait_until};
+use berth_tests::{Cluster, Ended, Image, Options, Proxy, Run, wait_until};
 
 /// Runs a command that leaves a mark where it runs, by srun and by sbatch; neither may leave one.
 fn never_on_the_host(cluster: &Cluster, option: &str, says: &str) -> Vec<Ended> {
@@ -36,10 +36,7 @@ fn never_on_the_host(cluster: &Cluster, option: &str, says: &str) -> Vec<Ended> 
 
 #[test]
 fn an_unknown_image_with_an_optional_plugin() {
-    let cluster = Cluster::own(
-        "test-optional",
-        &Options::new(&["--nodes", "1"]),
-    );
+    let cluster = Cluster::own("test-optional", &Options::new(&["--nodes", "1"]));
     let unknown = container(&format!("{}/no/such:1", cluster.registry()));
     let ended = never_on_the_host(&cluster, &unknown, "no/such");
     let lines: Vec<&str> = ended[0]
@@ -243,6 +240,21 @@ fn with_daemon_and_registry_down_a_stored_image_starts_and_others_do_not() {
         .end();
     assert_eq!(end.ok().matches("VARIANT_ID=warm\n").count(), 3);
     never_on_the_host(&cluster, &container(&other.name), "berth");
+}
+
+#[test]
+fn a_daemon_that_does_not_answer_holds_no_submission_up() {
+    let cluster = Cluster::own("test-silent", &Options::new(&["--nodes", "1"]));
+    let image = Image::shell("silent").push(cluster.registry(), "test/silent:1");
+    cluster
+        .berth(&["pull", &format!("docker://{}", image.name)])
+        .ok();
+    let daemon = cluster.service("pid", "berthd");
+    Run::new("kill", &["-STOP", &daemon]).end().ok();
+    let text = format!("#!/bin/sh\n{WHERE}\n");
+    let job = cluster.sbatch("silent", &[&container(&image.name)], &text);
+    assert_eq!(job.end().ok(), "VARIANT_ID=silent\n");
+    Run::new("kill", &["-CONT", &daemon]).end().ok();
 }
 
 /// Where a job of root's would find out that the guard let it through.

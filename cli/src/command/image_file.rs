@@ -110,6 +110,7 @@ fn on_demand(
             let request = PullRequest {
                 reference: text.to_owned(),
                 platform: platform.as_ref().map(ToString::to_string),
+                fresh: false,
             };
             let pull = follow::one(&client, &request, &Display::new(context))?;
             let digest = pull.digest.and_then(|d| d.parse::<Digest>().ok());

@@ -1,9 +1,10 @@
 //! `berth path`: the SquashFS file of an image.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use berth_client::api::PullRequest;
-use berth_image::{Digest, Platform};
+use berth_image::{Digest, Platform, Record};
 use berth_mount::keeper::{Answer, Request};
 use serde_json::json;
 
@@ -28,7 +29,9 @@ pub fn path(
 ) -> Result<(), Failure> {
     let found = find(context, image, given)?;
     let path = match mounted {
-        true => folder(context, &found)?,
+        true => folder(context, &found.record, MOUNTING)?
+            .display()
+            .to_string(),
         false => found.path.display().to_string(),
     };
     match context.json {
@@ -42,13 +45,13 @@ pub fn path(
 }
 
 /// The folder at which the node service shows the image to this user.
-fn folder(context: &Context, found: &Found) -> Result<String, Failure> {
+pub fn folder(context: &Context, record: &Record, patience: Duration) -> Result<PathBuf, Failure> {
     let request = Request::Path {
-        digest: found.record.manifest.to_string(),
-        platform: found.record.platform.to_string(),
+        digest: record.manifest.to_string(),
+        platform: record.platform.to_string(),
     };
-    match node::ask(context, &request, MOUNTING)? {
-        Answer::At { path } => Ok(path.display().to_string()),
+    match node::ask(context, &request, patience)? {
+        Answer::At { path } => Ok(path),
         _ => Err(Failure::new(UNAVAILABLE, "the node service gave no folder")),
     }
 }
@@ -82,6 +85,7 @@ fn through_daemon(
     let request = PullRequest {
         reference: image.to_owned(),
         platform: given.as_ref().map(ToString::to_string),
+        fresh: false,
     };
     let pulled = context
         .client()

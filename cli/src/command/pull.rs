@@ -86,6 +86,7 @@ fn run(
         .map(|(reference, _)| PullRequest {
             reference: reference.clone(),
             platform: platform.clone(),
+            fresh: true,
         })
         .collect();
     let mut answers = follow::all(&client, &requests, &display).into_iter();

@@ -123,6 +123,13 @@ impl Pulls {
         Ok(entry)
     }
 
+    /// Lets the next one who asks try again, though it failed just now.
+    pub fn forget_failure(&self, reference: &ImageRef, platform: &Platform) {
+        let key = (reference.clone(), platform.clone());
+        lock(&self.inner.table).forget_failure(&key);
+        self.inner.resolver.forget_failure(&key);
+    }
+
     /// An image that is in the store, as a pull that has ended.
     pub async fn found(
         &self,

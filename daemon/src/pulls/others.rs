@@ -140,6 +140,11 @@ async fn a_failure_answers_the_tasks_of_a_large_job_and_outlives_the_daemon() {
             assert_eq!(e.kind, ErrorKind::UnknownImage);
         }
         assert_eq!(registry.count("GET", "/manifests/missing"), 1);
+        // A person who asks again is not told what a machine is.
+        app.pulls.forget_failure(&name, &Platform::host());
+        let again = pull(&app, &name).await;
+        assert_ne!(again.id, first.id);
+        assert_eq!(registry.count("GET", "/manifests/missing"), 2);
         let noted = async {
             while app.catalogue.ended_pulls(1).await.unwrap().is_empty() {
                 tokio::task::yield_now().await;

@@ -120,6 +120,10 @@ impl Table {
         self.failed.get(key).map(|(entry, _)| entry.clone())
     }
 
+    pub(super) fn forget_failure(&mut self, key: &Key) {
+        self.failed.remove(key);
+    }
+
     pub(super) fn fail(&mut self, key: &Key, entry: &Arc<Entry>) {
         if self.failed.len() < REMEMBERED {
             self.failed

@@ -131,6 +131,12 @@ impl Resolver {
         admit(&self.inner.policy, reference).enforce(reference)
     }
 
+    /// Lets the next one who asks try again, though it failed just now.
+    pub fn forget_failure(&self, key: &(ImageRef, Platform)) {
+        let mut failures = (self.inner.failures.lock()).unwrap_or_else(PoisonError::into_inner);
+        failures.remove(key);
+    }
+
     /// The answer that needs nobody: a digest's, or a tag's that is young enough.
     pub async fn known(
         &self,

@@ -42,6 +42,9 @@ pub(super) async fn start(
     let platform = platform(request.platform.as_deref())?;
     let entry = match app.subject(&request.reference).await? {
         Subject::Named(reference) => {
+            if request.fresh {
+                app.pulls.forget_failure(&reference, &platform);
+            }
             (app.pulls)
                 .start(&reference, &platform, caller.uid, caller.is_admin)
                 .await?

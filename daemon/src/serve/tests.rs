@@ -18,6 +18,7 @@ fn request(name: &str) -> PullRequest {
     PullRequest {
         reference: name.into(),
         platform: None,
+        fresh: false,
     }
 }
 
