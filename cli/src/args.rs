@@ -113,8 +113,8 @@ Examples:
   berth exec --writable ubuntu:24.04 bash                       what it writes is gone afterwards
   berth exec ./my.sqsh bash                                     a SquashFS file of your own
 
-Exit codes: the command's; 127 when the image has no such command, 126 when it cannot be run; Berth's own where there
-was no container (69: this machine forbids user namespaces, and so on).")]
+Exit codes: the command's; 127 when the image has no such command, 126 when it cannot be run.
+Berth's own where there was no container (69: this machine forbids user namespaces, and so on).")]
     Exec(ExecArgs),
     /// Mount an image on a folder, read-only, until `berth umount`.
     ///

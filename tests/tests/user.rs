@@ -169,6 +169,34 @@ fn an_exec_outlives_its_server() {
 }
 
 #[test]
+fn exec_shares_the_mount_that_the_node_keeps_for_jobs() {
+    let suite = suite();
+    let cluster = &suite.cluster;
+    let image = suite.push_shell(&format!("kept-{}", berth_tests::cluster::unique()));
+    let path = PathBuf::from(cluster.berth(&["path", &image.name]).ok());
+    let folder = cluster.scratch("exec-kept");
+    let (started, go) = (folder.join("started"), folder.join("go"));
+    let script = format!(
+        "echo > {}; while ! test -e {}; do sleep 0.1; done; {WHERE}",
+        started.display(),
+        go.display()
+    );
+    let words = ["exec", &image.name, "sh", "-c", &script];
+    let running = cluster.user("berth", &words).start();
+    wait_until("the command runs", 60, || started.exists().then_some(()));
+    let own = servers_of(&path);
+    assert!(own.is_empty(), "{own:?}");
+    let shown = cluster.root("berth", &["inspect", &image.name]).end();
+    let mounted = shown.ok().lines().find(|l| l.starts_with("mounted here:"));
+    assert!(
+        mounted.is_some_and(|l| l.contains("by the kernel")),
+        "{shown}"
+    );
+    fs::write(go, "").unwrap();
+    assert!(running.end().ok().starts_with("VARIANT_ID=kept-"));
+}
+
+#[test]
 fn files_that_are_no_images_are_refused_and_never_hang() {
     let file = own_file("exec-hostile");
     let folder = file.parent().unwrap().to_owned();
@@ -213,13 +241,14 @@ fn files_that_are_no_images_are_refused_and_never_hang() {
     suite().cluster.assert_nodes_idle();
 }
 
-/// The configuration of a login node that lacks the store's filesystem.
+/// The configuration of a login node that lacks the store's filesystem and the node service.
 fn without_store(folder: &Path) -> PathBuf {
     let suite = suite();
     let config = fs::read_to_string(suite.cluster.folder().join("etc/berth.toml")).unwrap();
     let store = suite.cluster.store();
     assert!(config.contains(text(&store)), "{config}");
     let elsewhere = config.replace(text(&store), "/nowhere/store");
+    let elsewhere = elsewhere.replace("node.sock", "none.sock");
     let path = folder.join("berth.toml");
     fs::write(&path, elsewhere).unwrap();
     path

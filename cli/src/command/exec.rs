@@ -6,8 +6,9 @@ use std::ffi::{CString, OsString};
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use berth_runtime::user_view::UserJob;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -15,13 +16,21 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::args::{ExecArgs, ViewArgs};
 use crate::command::image_file::{self, Bytes, ImageFile};
+use crate::command::path;
 use crate::context::Context;
 use crate::error::{Failure, OTHER};
 use crate::programs;
 
+/// How long the node service may take to mount an image that nobody here uses yet.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 pub fn exec(context: &Context, args: ExecArgs) -> Result<(), Failure> {
     let image = image_file::open_image(context, &args.image, args.platform.platform)?;
-    let job_file = inherited_file(&job(context, &image, args.command, args.view))?;
+    let mut job = job(context, &image, args.command, args.view);
+    if !job.writable {
+        job.mounted = mounted_here(context, &image);
+    }
+    let job_file = inherited_file(&job)?;
     if let Bytes::File { file, .. } = &image.bytes {
         inherit(file)?;
     }
@@ -34,6 +43,14 @@ pub fn exec(context: &Context, args: ExecArgs) -> Result<(), Failure> {
         OTHER,
         format!("cannot run `{}`: {error}", runtime.display()),
     ))
+}
+
+/// The folder where this machine's node service shows the image to this user: what jobs read from it is in memory.
+/// Without one the image is served by a process of the user's own, and so it is where everything in a writable view is
+/// to belong to the user.
+fn mounted_here(context: &Context, image: &ImageFile) -> Option<PathBuf> {
+    let record = image.record.as_ref()?;
+    path::folder(context, record, PATIENCE).ok()
 }
 
 fn job(context: &Context, image: &ImageFile, command: Vec<OsString>, view: ViewArgs) -> UserJob {
@@ -49,6 +66,7 @@ fn job(context: &Context, image: &ImageFile, command: Vec<OsString>, view: ViewA
         image: file,
         serve,
         grant,
+        mounted: None,
         env: run.map(|run| run.env.clone()).unwrap_or_default(),
         image_cwd: run.and_then(|run| run.working_dir.as_ref().map(Into::into)),
         mounts: view.mounts,
@@ -58,7 +76,7 @@ fn job(context: &Context, image: &ImageFile, command: Vec<OsString>, view: ViewA
     }
 }
 
-fn absolute(path: &Path) -> std::path::PathBuf {
+fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 

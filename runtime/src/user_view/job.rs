@@ -20,6 +20,8 @@ pub struct UserJob {
     pub serve: Vec<OsString>,
     /// What lets its bearer read there.
     pub grant: Option<String>,
+    /// A folder of this machine's where the image is mounted already.
+    pub mounted: Option<PathBuf>,
     /// The image's variables, `NAME=VALUE`.
     pub env: Vec<String>,
     /// The image's own working directory.

@@ -19,6 +19,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use berth_config::Config;
+use rustix::fs::CWD;
+use rustix::mount::{OpenTreeFlags, open_tree};
 
 use crate::environment;
 use crate::mounts;
@@ -56,19 +58,40 @@ fn start(job: i32) -> Result<Infallible, Refusal> {
         None => Config::default(),
     };
     let (spec, environment) = plan(&job, &config)?;
+    let mount = match &job.mounted {
+        Some(folder) => {
+            namespace::enter()?;
+            clone_of(folder)?
+        }
+        None => serve(&job, image.as_ref(), &spec)?,
+    };
+    drop(image);
+    let cwd = view::build_here(&spec, mount)?;
+    Err(become_command(&job, &cwd, &environment))
+}
+
+/// A mount like the one at `folder`, attached nowhere: it lives on when that one goes.
+fn clone_of(folder: &Path) -> Result<OwnedFd, Refusal> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    open_tree(CWD, folder, flags).map_err(|errno| {
+        let (folder, why) = (crate::text::shown(folder), plain(&errno.into()));
+        let line = format!("cannot use the image at `{folder}`: {why}");
+        Refusal::new(code::UNAVAILABLE, line).hint("try again")
+    })
+}
+
+/// Enters the namespaces and mounts the image there, with a server of its own outside of them.
+fn serve(job: &UserJob, image: Option<&OwnedFd>, spec: &ViewSpec) -> Result<OwnedFd, Refusal> {
     let mut options = job.serve.clone();
-    options.extend(owner(&spec));
+    options.extend(owner(spec));
     let bytes = Bytes {
-        file: image.as_ref().map(AsFd::as_fd),
+        file: image.map(AsFd::as_fd),
         options: &options,
         grant: job.grant.as_deref(),
     };
     let server = Server::start(&bytes, &job.name, As::Itself)?;
-    drop(image);
     namespace::enter()?;
-    let (mount, _) = server.mount()?;
-    let cwd = view::build_here(&spec, mount)?;
-    Err(become_command(&job, &cwd, &environment))
+    Ok(server.mount()?.0)
 }
 
 /// The job and the image's file.
