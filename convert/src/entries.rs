@@ -7,7 +7,7 @@ use berth_squashfs::write::FileHandle;
 use hashbrown::{DefaultHashBuilder, HashTable};
 
 use crate::paths::{PathId, Paths};
-use crate::spill::Spilled;
+use crate::spill::Run;
 
 /// Most bytes of different xattr sets in one image: this, and so many more for each header.
 const XATTR_BYTES: usize = 32 << 20;
@@ -24,7 +24,7 @@ pub enum What {
     Empty,
     /// A file whose contents are in the image already.
     File(FileHandle),
-    /// A file whose contents are in the spill file: index into [`Entries::spilled`].
+    /// A file whose contents are not in the image: index into [`Entries::spilled`].
     Spilled(u32),
     /// Where its target lies in [`Entries::targets`].
     Symlink {
@@ -54,8 +54,17 @@ pub struct Header {
     pub xattrs: XattrId,
 }
 
+/// Contents that an upper layer seems to hide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spilled {
+    /// In the spill file, as they were.
+    Run(Run),
+    /// Compressed before it was known that they are hidden; the image's writer has put them aside.
+    Aside(FileHandle),
+}
+
 /// A set of xattrs; the default is the empty one.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct XattrId(u32);
 
 /// One set: names and values, sorted by name.

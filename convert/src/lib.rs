@@ -5,7 +5,7 @@
 //! base first, as an unpacker would have made it; nothing is ever unpacked on a disk.
 //!
 //! - [`tar`], [`decode`], `gzip`, `stream`: from compressed bytes to entries;
-//! - `paths`, `entries`, `scan`, `spill`, `notes`: what the layers say, kept;
+//! - `layer`: one layer's task; `paths`, `entries`, `scan`, `spill`, `notes`: what the layers say, kept;
 //! - `merge`, `image`: the tree;
 //! - `policy`: what metadata stays;
 //! - [`convert()`]: all of it in order; [`job`]: its words on a pipe; [`sandbox`]: its cage.
@@ -19,6 +19,7 @@ mod entries;
 mod gzip;
 mod image;
 pub mod job;
+mod layer;
 mod merge;
 mod notes;
 mod paths;

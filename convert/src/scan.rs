@@ -1,18 +1,19 @@
-//! Reading one layer: headers are kept, contents go to the image or, when an upper layer seems to hide them, to the
-//! spill file. What is decided here only saves compression; [`crate::merge`] decides what is in the image.
+//! What all layers say, header by header from the top layer down: headers are kept, contents go to the image or, when
+//! an upper layer seems to hide them, to the spill file. What is decided here only saves compression; [`crate::merge`]
+//! decides what is in the image.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
-use berth_image::Digest;
 use berth_squashfs::write::{FileHandle, Lane, WriteError, clamp_mtime};
 
-use crate::entries::{Entries, Flood, Header, What};
-use crate::job::{Failure, FailureKind, Limits, Policy};
+use crate::entries::{Entries, Flood, Header, Spilled, What, XattrId, XattrPairs};
+use crate::job::{Failure, FailureKind, Options};
 use crate::notes::{LeftOut, Notes};
 use crate::paths::{PathError, PathId};
-use crate::spill::{Spill, Spilled};
+use crate::spill::{Run, Runs};
 use crate::stream::{LayerStream, StreamError};
-use crate::tar::{Entry, EntryKind, Sink, TarError, TarReader};
+use crate::tar::{Entry, EntryKind, Sink, TarError, TarReader, Xattrs};
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
@@ -42,18 +43,49 @@ pub enum ScanError {
     Entries(u64),
 }
 
-/// Everything that lasts from layer to layer.
+/// Everything that lasts from layer to layer. Handed from one layer's task to the next.
 #[derive(Debug)]
-pub struct Scan<'j> {
+pub struct Scan {
     pub entries: Entries,
     pub notes: Notes,
-    pub spill: Spill,
-    policy: &'j Policy,
-    limits: &'j Limits,
+    pub spill: Runs,
+    pub options: Arc<Options>,
     /// By place: what layers above hide there.
     cover: Vec<Cover>,
     /// Uncompressed bytes of the layers that are done, and holes.
-    bytes: u64,
+    pub bytes: u64,
+    /// The global xattrs met last, and what they come to with an entry's own.
+    global: Arc<Xattrs>,
+    with_global: HashMap<XattrId, XattrId>,
+}
+
+/// Where the contents of an entry are, if it has any.
+pub enum Source<'s> {
+    /// Next in the layer's stream.
+    Stream(&'s mut TarReader<LayerStream>, &'s mut Lane),
+    /// In the lane already: what became of them (taken when it is asked for), and how far the layer was then.
+    Lane {
+        file: &'s mut Option<Result<FileHandle, ScanError>>,
+        at: Position,
+    },
+}
+
+/// Where in its layer an entry is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Position {
+    /// Uncompressed bytes taken.
+    pub taken: u64,
+    /// Bytes that the stream holds of the entry.
+    pub stored: u64,
+}
+
+impl Position {
+    pub fn of(reader: &TarReader<LayerStream>) -> Self {
+        Self {
+            taken: reader.input().taken(),
+            stored: reader.stored(),
+        }
+    }
 }
 
 /// The highest layer, plus one, that replaces or removes a place, and the highest that hides what lower layers have
@@ -64,16 +96,17 @@ struct Cover {
     below: u16,
 }
 
-impl<'j> Scan<'j> {
-    pub fn new(layers: usize, spill: Spill, policy: &'j Policy, limits: &'j Limits) -> Self {
+impl Scan {
+    pub fn new(layers: usize, spill: Runs, options: Arc<Options>) -> Self {
         Self {
             entries: Entries::new(layers),
             notes: Notes::default(),
             spill,
-            policy,
-            limits,
+            options,
             cover: Vec::new(),
             bytes: 0,
+            global: Arc::default(),
+            with_global: HashMap::new(),
         }
     }
 
@@ -82,67 +115,29 @@ impl<'j> Scan<'j> {
         self.entries.headers.len() as u64
     }
 
-    /// Reads layer `layer` to its end, and gives the digest of all of it. `tick` is called now and then.
-    ///
-    /// # Errors
-    /// A failure that names the layer and, where there is one, the entry.
-    pub fn layer(
-        &mut self,
-        layer: usize,
-        mut stream: LayerStream,
-        lane: &mut Lane,
-        mut tick: impl FnMut(u64),
-    ) -> Result<Digest, Failure> {
-        stream.limit(self.limits.max_bytes, self.bytes);
-        let first = self.entries.headers.len() as u32;
-        let mut reader = TarReader::new(stream);
-        let mut last: Option<Vec<u8>> = None;
-        loop {
-            let entry = match reader.next_entry() {
-                Ok(Some(entry)) => entry,
-                Ok(None) => break,
-                Err(e) => {
-                    let mut failure = failure(layer, None, e.into());
-                    if let Some(last) = last.filter(|_| failure.kind == FailureKind::CorruptLayer) {
-                        failure.message += &format!(" (after entry `{}`)", printable(&last));
-                    }
-                    return Err(failure);
-                }
-            };
-            let result = self.entry(layer, &entry, &mut reader, lane);
-            result.map_err(|e| failure(layer, Some(&entry.name), e))?;
-            tick(self.headers());
-            last = Some(entry.name);
-        }
-        self.entries.layers[layer] = first..self.entries.headers.len() as u32;
-        let mut stream = reader.into_inner();
-        let digest = stream.finish();
-        self.bytes += stream.taken();
-        digest.map_err(|e| failure(layer, None, ScanError::Tar(e.into())))
-    }
-
-    fn entry(
+    /// Takes the next entry of layer `layer`.
+    pub fn entry(
         &mut self,
         layer: usize,
         entry: &Entry,
-        reader: &mut TarReader<LayerStream>,
-        lane: &mut Lane,
+        source: Source<'_>,
     ) -> Result<(), ScanError> {
-        if self.headers() >= self.limits.max_entries {
-            return Err(ScanError::Entries(self.limits.max_entries));
+        let most = self.options.limits.max_entries;
+        if self.headers() >= most {
+            return Err(ScanError::Entries(most));
         }
         let Some((path, mark)) = self.place(entry)? else {
             return Ok(());
         };
         // Folders that only names imply, and whiteouts of nothing, take memory too.
-        if self.entries.paths.len() as u64 > self.limits.max_entries.saturating_mul(2) {
-            return Err(ScanError::Entries(self.limits.max_entries));
+        if self.entries.paths.len() as u64 > most.saturating_mul(2) {
+            return Err(ScanError::Entries(most));
         }
         self.cover
             .resize(self.entries.paths.len(), Cover::default());
         let what = match mark {
             Some(mark) => mark,
-            None => self.what(layer, entry, path, reader, lane)?,
+            None => self.what(layer, entry, path, source)?,
         };
         self.mark(layer, path, what);
         self.push(entry, path, what)
@@ -186,8 +181,7 @@ impl<'j> Scan<'j> {
         layer: usize,
         entry: &Entry,
         path: PathId,
-        reader: &mut TarReader<LayerStream>,
-        lane: &mut Lane,
+        source: Source<'_>,
     ) -> Result<What, ScanError> {
         if path == PathId::ROOT && entry.kind != EntryKind::Dir {
             return Err(ScanError::Malformed("the root must be a folder"));
@@ -215,7 +209,7 @@ impl<'j> Scan<'j> {
                 })?)
             }
             EntryKind::File if entry.size == 0 => What::Empty,
-            EntryKind::File => self.contents(layer, path, entry, reader, lane)?,
+            EntryKind::File => self.contents(layer, path, entry, source)?,
         })
     }
 
@@ -224,59 +218,54 @@ impl<'j> Scan<'j> {
         layer: usize,
         path: PathId,
         entry: &Entry,
-        reader: &mut TarReader<LayerStream>,
-        lane: &mut Lane,
+        source: Source<'_>,
     ) -> Result<What, ScanError> {
-        let stored = reader.stored();
-        let stream = self.bytes + reader.input().taken();
-        // What a header claims counts before a byte of it is read.
-        if stream.saturating_add(entry.size.max(stored)) > self.limits.max_bytes {
-            return Err(ScanError::Bytes(self.limits.max_bytes));
-        }
-        self.bytes += entry.size.saturating_sub(stored);
-        if !self.is_hidden(layer, path) {
-            reader.contents(&mut ToLane(lane))?;
-            return Ok(What::File(lane.end_file()?));
-        }
-        let run = Spilled {
-            offset: self.spill.position(),
-            length: entry.size,
+        let at = match &source {
+            Source::Stream(reader, _) => Position::of(reader),
+            Source::Lane { at, .. } => *at,
         };
-        reader.contents(&mut ToSpill(&mut self.spill))?;
+        // What a header claims counts before a byte of it is read.
+        let most = self.options.limits.max_bytes;
+        if (self.bytes + at.taken).saturating_add(entry.size.max(at.stored)) > most {
+            return Err(ScanError::Bytes(most));
+        }
+        self.bytes += entry.size.saturating_sub(at.stored);
+        let hidden = self.is_hidden(layer, path);
+        let spilled = match source {
+            Source::Stream(reader, lane) if !hidden => {
+                reader.contents(&mut ToLane(lane))?;
+                return Ok(What::File(lane.end_file()?));
+            }
+            Source::Lane { file, .. } => {
+                let none = || Err(ScanError::Malformed("it has no contents"));
+                let handle = file.take().unwrap_or_else(none)?;
+                if !hidden {
+                    return Ok(What::File(handle));
+                }
+                Spilled::Aside(handle)
+            }
+            Source::Stream(reader, _) => {
+                let run = self.spill.begin(entry.size).map_err(ScanError::Spill)?;
+                reader.contents(&mut ToSpill(&mut self.spill))?;
+                Spilled::Run(run)
+            }
+        };
         let index = self.entries.spilled.len() as u32;
-        self.entries.spilled.push(run);
+        self.entries.spilled.push(spilled);
         Ok(What::Spilled(index))
     }
 
     fn push(&mut self, entry: &Entry, path: PathId, what: What) -> Result<(), ScanError> {
         let dir = what == What::Dir;
-        let mut kept: Vec<_> = (entry.xattrs.iter())
-            .filter(|(name, _)| self.policy.keeps(name))
-            .cloned()
-            .collect();
-        let own: HashSet<&[u8]> = entry.xattrs.iter().map(|(name, _)| &name[..]).collect();
-        kept.extend(
-            (entry.global_xattrs.iter())
-                .filter(|(name, _)| self.policy.keeps(name) && !own.contains(&name[..]))
-                .cloned(),
-        );
-        if kept
-            .iter()
-            .any(|(n, v)| n.len() > 255 || v.len() > 65_536 || n.contains(&0))
-        {
-            return Err(ScanError::Malformed(
-                "an xattr's name is longer than 255 bytes or its value than 65536",
-            ));
-        }
-        let xattrs = self.entries.intern_xattrs(kept)?;
-        let (uid, gid) = self.policy.owner(entry.uid, entry.gid);
+        let xattrs = self.xattrs(entry)?;
+        let (uid, gid) = self.options.policy.owner(entry.uid, entry.gid);
         self.entries.headers.push(Header {
             path,
             what,
             mode: match what {
                 // Linux knows no other mode of a symlink.
                 What::Symlink { .. } => 0o777,
-                _ => self.policy.mode(entry.mode, dir),
+                _ => self.options.policy.mode(entry.mode, dir),
             },
             uid,
             gid,
@@ -284,6 +273,42 @@ impl<'j> Scan<'j> {
             xattrs,
         });
         Ok(())
+    }
+
+    /// The set of xattrs that an entry keeps. Global ones are many entries': they are put together with the same own
+    /// ones only once.
+    fn xattrs(&mut self, entry: &Entry) -> Result<XattrId, ScanError> {
+        let own = self.entries.intern_xattrs(self.kept(&entry.xattrs)?)?;
+        if entry.global_xattrs.is_empty() {
+            return Ok(own);
+        }
+        if !Arc::ptr_eq(&self.global, &entry.global_xattrs) {
+            self.global = Arc::clone(&entry.global_xattrs);
+            self.with_global.clear();
+        }
+        if let Some(&both) = self.with_global.get(&own) {
+            return Ok(both);
+        }
+        let names: HashSet<&[u8]> = entry.xattrs.iter().map(|(name, _)| &name[..]).collect();
+        let mut both = self.kept(&entry.global_xattrs)?;
+        both.retain(|(name, _)| !names.contains(&name[..]));
+        both.extend(self.kept(&entry.xattrs)?);
+        let both = self.entries.intern_xattrs(both)?;
+        self.with_global.insert(own, both);
+        Ok(both)
+    }
+
+    fn kept(&self, xattrs: &Xattrs) -> Result<XattrPairs, ScanError> {
+        let kept: XattrPairs = (xattrs.iter())
+            .filter(|(name, _)| self.options.policy.keeps(name))
+            .cloned()
+            .collect();
+        if (kept.iter()).any(|(n, v)| n.len() > 255 || v.len() > 65_536 || n.contains(&0)) {
+            return Err(ScanError::Malformed(
+                "an xattr's name is longer than 255 bytes or its value than 65536",
+            ));
+        }
+        Ok(kept)
     }
 
     fn is_hidden(&self, layer: usize, path: PathId) -> bool {
@@ -313,7 +338,8 @@ impl<'j> Scan<'j> {
     }
 }
 
-struct ToLane<'l>(&'l mut Lane);
+/// Contents into a lane.
+pub struct ToLane<'l>(pub &'l mut Lane);
 
 impl Sink for ToLane<'_> {
     type Error = ScanError;
@@ -327,7 +353,7 @@ impl Sink for ToLane<'_> {
     }
 }
 
-struct ToSpill<'s>(&'s mut Spill);
+struct ToSpill<'s>(&'s mut Runs);
 
 impl Sink for ToSpill<'_> {
     type Error = ScanError;
@@ -342,7 +368,7 @@ impl Sink for ToSpill<'_> {
 }
 
 /// Brings contents back from the spill file, because the merged tree needs them after all.
-pub fn unspill(spill: &mut Spill, run: Spilled, lane: &mut Lane) -> Result<FileHandle, ScanError> {
+pub fn unspill(spill: &mut Runs, run: Run, lane: &mut Lane) -> Result<FileHandle, ScanError> {
     let mut written = Ok(());
     let read = spill.read(run, |piece| {
         written = lane.write(piece);

@@ -1,42 +1,57 @@
-//! A file without a name that keeps contents which an upper layer seems to hide.
+//! Contents which an upper layer seems to hide, in a file without a name.
 //!
 //! "Seems": a hard link met later, or a symlink in a lower layer, may yet bring such a file back. So nothing is thrown
 //! away before the tree is merged; but what stays hidden was never compressed and is not in the image.
+//!
+//! The image's writer keeps things in the same file: room is taken from it in regions, each run in one of them.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
+
+use berth_squashfs::spill::Spill;
 
 const BUFFER: usize = 1 << 20;
 
 /// A run of bytes in the spill file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Spilled {
+pub struct Run {
     pub offset: u64,
     pub length: u64,
 }
 
-/// The file, written from its beginning to its end.
+/// The file, as this side of it sees it.
 #[derive(Debug)]
-pub struct Spill {
-    file: File,
+pub struct Runs {
+    file: Arc<Spill>,
     /// Where `buffer` goes.
     offset: u64,
+    /// Where the region ends.
+    end: u64,
     buffer: Vec<u8>,
 }
 
-impl Spill {
-    pub fn new(file: File) -> Self {
+impl Runs {
+    pub fn new(file: Arc<Spill>) -> Self {
         Self {
             file,
             offset: 0,
+            end: 0,
             buffer: Vec::new(),
         }
     }
 
-    /// Where the next byte goes.
-    pub fn position(&self) -> u64 {
-        self.offset + self.buffer.len() as u64
+    /// Begins a run of exactly `length` bytes, which are then written or skipped.
+    pub fn begin(&mut self, length: u64) -> io::Result<Run> {
+        if length > self.end - self.position() {
+            self.flush()?;
+            let region = length.max(BUFFER as u64);
+            self.offset = self.file.reserve(region);
+            self.end = self.offset + region;
+        }
+        Ok(Run {
+            offset: self.position(),
+            length,
+        })
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -57,7 +72,7 @@ impl Spill {
     /// Reads a run back, piece by piece.
     pub fn read(
         &mut self,
-        run: Spilled,
+        run: Run,
         mut piece: impl FnMut(&[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
         self.flush()?;
@@ -67,24 +82,19 @@ impl Spill {
             let want = buffer
                 .len()
                 .min(usize::try_from(end - at).unwrap_or(usize::MAX));
-            let got = match self.file.read_at(&mut buffer[..want], at) {
-                // Behind the file's end: zeros that `skip` left last.
-                Ok(0) => {
-                    buffer[..want].fill(0);
-                    want
-                }
-                Ok(n) => n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(e),
-            };
-            piece(&buffer[..got])?;
-            at += got as u64;
+            self.file.get(at, &mut buffer[..want])?;
+            piece(&buffer[..want])?;
+            at += want as u64;
         }
         Ok(())
     }
 
+    fn position(&self) -> u64 {
+        self.offset + self.buffer.len() as u64
+    }
+
     fn flush(&mut self) -> io::Result<()> {
-        self.file.write_all_at(&self.buffer, self.offset)?;
+        self.file.patch(self.offset, &self.buffer)?;
         self.offset += self.buffer.len() as u64;
         self.buffer.clear();
         Ok(())
@@ -97,16 +107,19 @@ mod tests {
 
     #[test]
     fn runs_and_holes_read_back() {
-        let mut spill = Spill::new(tempfile::tempfile().unwrap());
+        let file = Arc::new(Spill::new(tempfile::tempfile().unwrap()));
+        let mut spill = Runs::new(Arc::clone(&file));
+        let first = spill.begin(8).unwrap();
         spill.write(b"first").unwrap();
         spill.skip(3).unwrap();
-        let second = Spilled {
-            offset: spill.position(),
-            length: 9,
-        };
+        let large = spill.begin(3 << 20).unwrap();
+        file.put(b"somebody else's").unwrap();
+        spill.write(b"large").unwrap();
+        spill.skip((3 << 20) - 5).unwrap();
+        let last = spill.begin(9).unwrap();
         spill.write(b"second").unwrap();
         spill.skip(3).unwrap();
-        let read = |spill: &mut Spill, run| {
+        let mut read = |run| {
             let mut all = Vec::new();
             spill
                 .read(run, |b| {
@@ -116,11 +129,9 @@ mod tests {
                 .unwrap();
             all
         };
-        assert_eq!(read(&mut spill, second), b"second\0\0\0");
-        let first = Spilled {
-            offset: 0,
-            length: 8,
-        };
-        assert_eq!(read(&mut spill, first), b"first\0\0\0");
+        assert_eq!(read(last), b"second\0\0\0");
+        assert_eq!(read(first), b"first\0\0\0");
+        let large = read(large);
+        assert!(large.starts_with(b"large\0") && large.len() == 3 << 20);
     }
 }

@@ -9,7 +9,7 @@ const XATTR: &[u8] = b"SCHILY.xattr.";
 /// KiB.
 const MAX_XATTRS: usize = 4096;
 
-/// Full names (`user.…`) and values.
+/// Full names (`user.…`) and values, sorted by name, each name once.
 pub type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// What the records of one extended header say. An empty value takes an earlier one back (POSIX).
@@ -21,7 +21,7 @@ pub(super) struct Pax {
     pub(super) uid: Option<u64>,
     pub(super) gid: Option<u64>,
     pub(super) mtime: Option<i64>,
-    /// In order of appearance; a later one of the same name wins.
+    /// By name; a later one of the same name wins.
     pub(super) xattrs: Xattrs,
     pub(super) sparse: PaxSparse,
 }
@@ -94,11 +94,11 @@ impl Pax {
 }
 
 fn set_xattr(xattrs: &mut Xattrs, name: &[u8], value: &[u8]) -> Result<(), TarError> {
-    xattrs.retain(|(n, _)| n != name);
-    if xattrs.len() == MAX_XATTRS {
-        return Err(TarError::Pax("too many xattrs"));
+    match xattrs.binary_search_by(|(there, _)| there[..].cmp(name)) {
+        Ok(at) => xattrs[at].1 = value.to_vec(),
+        Err(_) if xattrs.len() == MAX_XATTRS => return Err(TarError::Pax("too many xattrs")),
+        Err(at) => xattrs.insert(at, (name.to_vec(), value.to_vec())),
     }
-    xattrs.push((name.to_vec(), value.to_vec()));
     Ok(())
 }
 

@@ -50,6 +50,9 @@ pub trait Sink {
     fn hole(&mut self, length: u64) -> Result<(), Self::Error>;
 }
 
+/// Most global headers: an archive has one, and each may change what all later entries have.
+const MAX_GLOBALS: usize = 1024;
+
 /// Reads entries from a stream; see the module above.
 #[derive(Debug)]
 pub struct TarReader<R> {
@@ -57,6 +60,8 @@ pub struct TarReader<R> {
     /// What global headers say, but xattrs.
     global: Pax,
     global_xattrs: Arc<Xattrs>,
+    /// Global headers so far.
+    globals: usize,
     /// Stored bytes of the entry in hand not read yet, and the zeros after them.
     left: u64,
     padding: u64,
@@ -71,6 +76,7 @@ impl<R: BufRead> TarReader<R> {
             input,
             global: Pax::default(),
             global_xattrs: Arc::default(),
+            globals: 0,
             left: 0,
             padding: 0,
             map: None,
@@ -85,6 +91,10 @@ impl<R: BufRead> TarReader<R> {
 
     pub fn input(&self) -> &R {
         &self.input
+    }
+
+    pub fn input_mut(&mut self) -> &mut R {
+        &mut self.input
     }
 
     /// Bytes that the stream holds of the entry in hand and that were not read yet.
@@ -108,6 +118,10 @@ impl<R: BufRead> TarReader<R> {
                     pax.parse(&records)?;
                 }
                 b'g' => {
+                    self.globals += 1;
+                    if self.globals > MAX_GLOBALS {
+                        return Err(TarError::Pax("too many global headers"));
+                    }
                     let records = self.extension(&block)?;
                     let xattrs = Arc::make_mut(&mut self.global_xattrs);
                     self.global.parse_global(xattrs, &records)?;

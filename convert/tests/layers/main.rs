@@ -1,5 +1,6 @@
 //! Layers of every kind through the converter: one program, so that it is linked once.
 
+mod ahead;
 mod build;
 mod cage;
 mod floods;
