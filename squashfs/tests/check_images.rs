@@ -7,6 +7,7 @@ use std::path::Path;
 
 use berth_squashfs::check::{Limits, check};
 use berth_squashfs::read::{CacheSizes, EntryBuffer, InodeBody, ReadError, Reader};
+use berth_squashfs::write::{ImageWriter, Kind, Meta, Tree, WriteOptions};
 use common::{bytes, have, make_tree, run};
 
 fn image_of(tree: &Path, options: &[&str]) -> Vec<u8> {
@@ -28,6 +29,31 @@ fn lenient() -> Limits {
         contents: true,
         ..Limits::default()
     }
+}
+
+/// A capability is a set-id bit by another name: a prefix alone does not let it through.
+#[test]
+fn capabilities_need_more_than_their_prefix() {
+    let file = tempfile::tempfile().unwrap();
+    let writer = ImageWriter::new(file.try_clone().unwrap(), WriteOptions::default()).unwrap();
+    let mut tree = Tree::new(Meta::default());
+    let xattrs = tree.xattrs(&[(b"security.capability", b"x")]).unwrap();
+    let meta = Meta {
+        xattrs,
+        ..Meta::default()
+    };
+    tree.add(tree.root(), b"f", Kind::EmptyFile, meta).unwrap();
+    writer.finish(tree).unwrap();
+    check(&file, &lenient()).unwrap();
+    let limits = Limits {
+        setid: false,
+        ..lenient()
+    };
+    let refused = check(&file, &limits).unwrap_err();
+    assert!(
+        refused.to_string().contains("security.capability"),
+        "{refused}"
+    );
 }
 
 #[test]

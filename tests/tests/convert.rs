@@ -169,6 +169,9 @@ elif mode == "silent":
 elif mode == "shouts":
     while True:
         say({"warning": "w" * 1000})
+elif mode == "reports":
+    while True:
+        say({"progress": {"bytes_in": 1, "bytes_out": 1, "entries": 1}})
 elif mode == "one long line":
     while True:
         sys.stdout.write("x" * 65536)
@@ -219,6 +222,7 @@ fn what_a_hostile_converter_makes_is_not_signed() {
         ("longer", "its size is"),
         ("silent", "the converter failed"),
         ("shouts", "the converter failed"),
+        ("reports", "the converter failed"),
         ("one long line", "the converter failed"),
         ("nonsense", "the converter failed"),
     ] {

@@ -15,6 +15,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 use berth_convert::job::{Done, Event, Failure, Job, LayerJob, Options, Progress};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -25,6 +26,8 @@ use super::manifest::Layer;
 
 /// Longest line that a converter may say. A result with many notes is below 100 KiB.
 const MAX_LINE: usize = 1 << 20;
+/// Most reports of progress that it may give at once, and for each second that it has run: it gives ten.
+const MAX_PROGRESS: (u64, u64) = (100, 20);
 /// Most warnings that it may give: it has one for each thing that the kernel lacks.
 const MAX_WARNINGS: usize = 100;
 /// Most of its standard error that goes to the log.
@@ -152,7 +155,8 @@ fn converse(
     };
     let mut buffer = Vec::new();
     let mut result = None;
-    let mut warnings = 0;
+    let (mut warnings, mut reports) = (0, 0);
+    let begun = Instant::now();
     loop {
         let hangup = PollFlags::RDHUP | PollFlags::IN;
         let mut ready = [
@@ -189,8 +193,15 @@ fn converse(
         while let Some(end) = buffer.iter().position(|b| *b == b'\n') {
             let line: Vec<u8> = buffer.drain(..=end).collect();
             match serde_json::from_slice(&line) {
-                Ok(Event::Progress(news)) if progress(news) => {}
-                Ok(Event::Progress(_)) => return Ok(Outcome::Abandoned),
+                Ok(Event::Progress(news)) => {
+                    reports += 1;
+                    if reports > MAX_PROGRESS.0 + MAX_PROGRESS.1 * begun.elapsed().as_secs() {
+                        return Ok(Outcome::Died("it reports progress too often".into()));
+                    }
+                    if !progress(news) {
+                        return Ok(Outcome::Abandoned);
+                    }
+                }
                 Ok(Event::Warning(_)) if warnings == MAX_WARNINGS => {
                     return Ok(Outcome::Died("it warned too often".into()));
                 }

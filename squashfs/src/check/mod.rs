@@ -26,7 +26,7 @@ pub struct Limits {
     pub max_inodes: u32,
     /// Most folders above an entry.
     pub max_depth: u32,
-    /// Whether files may be set-user-id or set-group-id.
+    /// Whether files may be set-user-id or set-group-id, or have capabilities (`security.capability`).
     pub setid: bool,
     /// Whether there may be block and character devices.
     pub devices: bool,

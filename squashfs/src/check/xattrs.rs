@@ -3,6 +3,8 @@
 use super::{CheckError, In, Limits};
 use crate::read::{ReadAt, Reader};
 
+const CAPABILITY: &[u8] = b"security.capability";
+
 /// Gives the count of sets.
 pub(super) fn check<S: ReadAt>(reader: &Reader<S>, limits: &Limits) -> Result<u32, CheckError> {
     let Some(table) = reader.xattrs() else {
@@ -25,11 +27,10 @@ pub(super) fn check<S: ReadAt>(reader: &Reader<S>, limits: &Limits) -> Result<u3
         let mut names: Vec<Vec<u8>> = Vec::new();
         let mut len = 0;
         while let Some(name) = pairs.next_name().within(part)? {
-            if !limits
-                .xattrs
-                .iter()
-                .any(|prefix| name.starts_with(prefix.as_bytes()))
-            {
+            let mut allowed = limits.xattrs.iter();
+            let allowed = allowed.any(|prefix| name.starts_with(prefix.as_bytes()));
+            // What a set-id bit gives, by another name: whatever prefixes are allowed.
+            if !allowed || (name == CAPABILITY && !limits.setid) {
                 return Err(CheckError::forbidden(
                     part(),
                     format!("the xattr {}", name.escape_ascii()),
