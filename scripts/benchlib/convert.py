@@ -148,11 +148,10 @@ def notes():
 def site_in(folder):
     """A registry, a daemon and a sealer with everything they write in `folder`."""
     os.environ["BERTH_CLUSTERS"] = str(folder)
-    cluster = Cluster("convert", "--nodes", "1")
     try:
-        yield Site(cluster, folder / "convert")
+        yield Site(Cluster("convert", "--nodes", "1"), folder / "convert")
     finally:
-        cluster.down()
+        subprocess.run([CLUSTER, "down", "convert"], check=True)
 
 
 class Site:
