@@ -148,7 +148,7 @@ class Node:
                 subprocess.run(["umount", self.mount_point], check=True)
 
     def first_fetched(self, work):
-        """The same from the file, which is fetched before it is mounted by the kernel."""
+        """The same with the image fetched first, and mounted by the kernel."""
         start = time.monotonic()
         self.fetch()
         subprocess.run(["mount", "-o", "loop,ro", self.whole, self.mount_point], check=True)
@@ -170,42 +170,67 @@ class Node:
 
         return Variant(name, counted, self.empty)
 
+    def moved(self, ours, peer, runs, bar=None):
+        """A row of the bytes that came over the link."""
+        own, theirs = ([value / 1e6 for value in self.bytes[variant.name][-runs:]] for variant in (ours, peer))
+        return Row(f"{ours.name}: bytes", middle(own), peer.name, middle(theirs), "MB", own, bar)
+
+
+def middle(values):
+    return sorted(values)[len(values) // 2]
+
 
 def python(root):
     subprocess.run(["chroot", root, "/usr/bin/python3", "-c", IMPORT], check=True)
 
 
-def read_all(root):
+def read_files(root):
     subprocess.run(f"find '{root}' -type f -print0 | xargs -0 -n 512 cat | dd of=/dev/null bs=1M status=none", shell=True,
                    check=True)
+
+
+def read_image(root):
+    subprocess.run(["dd", f"if={root}/image", "of=/dev/null", "bs=1M", "status=none"], check=True)
 
 
 def measure(runs, node):
     say("recording what the start reads")
     node.empty()
     node.lazily(python, "--record", node.trace)
-    fetch = node.variant("fetch of the whole image", node.fetch)
-    then = node.variant("fetch, mount, start", lambda: node.first_fetched(python))
-    cold = node.variant("start, no trace", lambda: node.lazily(python))
-    traced = node.variant("start, with a trace", lambda: node.lazily(python, "--trace", node.trace))
-    everything = node.variant("read of every file", lambda: node.lazily(read_all))
-    say("starts and fetches in turns")
-    interleave([fetch, then, cold, traced, everything], runs)
-
-    def moved(ours, bar=None):
-        own, theirs = (node.bytes[variant.name][-runs:] for variant in (ours, fetch))
-        middle = sorted(own)[len(own) // 2] / 1e6, sorted(theirs)[len(theirs) // 2] / 1e6
-        return Row(f"{ours.name}: bytes", middle[0], fetch.name, middle[1], "MB", [value / 1e6 for value in own], bar)
-
-    rows = [
-        against(traced.name, traced, fetch, bar=("ratio", 0.25)),
-        moved(traced, bar=("ratio", 0.10)),
-        against(traced.name, traced, then),
-        against(cold.name, cold, fetch),
-        moved(cold),
-        against(everything.name, everything, fetch, bar=("ratio", 1.15)),
-        moved(everything),
-    ]
+    rows = starts(runs, node) + reads(runs, node)
     notes = {"link": f"veth, tbf {RATE}, a forwarder that holds bytes {DELAY_S * 1000:.0f} ms each way",
              "curl": version("curl", "--version"), "image_mb": round(node.size / 1e6)}
     return rows, notes
+
+
+def starts(runs, node):
+    fetch = node.variant("fetch of the whole image", node.fetch)
+    then = node.variant("fetch, kernel mount, start", lambda: node.first_fetched(python))
+    cold = node.variant("start, no trace", lambda: node.lazily(python))
+    traced = node.variant("start, with a trace", lambda: node.lazily(python, "--trace", node.trace))
+    say(f"python3 -c '{IMPORT}'")
+    interleave([fetch, then, cold, traced], runs)
+    return [
+        against(traced.name, traced, fetch, bar=("ratio", 0.25)),
+        node.moved(traced, fetch, runs, bar=("ratio", 0.10)),
+        against(traced.name, traced, then),
+        against(cold.name, cold, fetch),
+        node.moved(cold, fetch, runs),
+    ]
+
+
+def reads(runs, node):
+    """Reading all there is: the image's bytes in order; and every file, for which the kernel's driver on a local file
+    needs longer than the link does for the image."""
+    fetch = node.variant("fetch of the whole image", node.fetch)
+    then = node.variant("fetch, kernel mount, read of every file", lambda: node.first_fetched(read_files))
+    image = node.variant("read of the image, block mode", lambda: node.lazily(read_image, "--mode", "block"))
+    files = node.variant("read of every file", lambda: node.lazily(read_files))
+    say("reading everything")
+    interleave([fetch, then, image, files], runs)
+    return [
+        against(image.name, image, fetch, bar=("ratio", 1.15)),
+        against(files.name, files, then, bar=("ratio", 1.15)),
+        against(files.name, files, fetch),
+        node.moved(files, fetch, runs),
+    ]

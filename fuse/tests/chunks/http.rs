@@ -1,11 +1,12 @@
 //! Bytes by HTTP, from a server that does all that servers do.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use berth_fuse::chunks::{ChunkStore, HttpSource, Sealed};
+use berth_fuse::chunks::{ChunkStore, HttpSource, Sealed, Source};
 
 use crate::support::*;
 
@@ -128,4 +129,57 @@ fn a_proxy_is_asked_in_absolute_form() {
         assert!(HttpSource::new(at, None, Some(wrong)).is_err(), "{wrong}");
     }
     assert!(HttpSource::new("file:///x", None, None).is_err());
+}
+
+#[test]
+fn traces_are_asked_for_and_sent_beside_the_data_with_the_grant() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = std::thread::spawn(move || {
+        let mut seen = Vec::new();
+        for body in ["{}", ""] {
+            let (stream, _) = listener.accept().unwrap();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let mut head = Vec::new();
+            loop {
+                let mut line = String::new();
+                reader.read_line(&mut line).unwrap();
+                match line.trim_end() {
+                    "" => break,
+                    line => head.push(line.to_owned()),
+                }
+            }
+            let length = head.iter().find_map(|line| {
+                let (name, value) = line.split_once(": ")?;
+                let is_length = name.eq_ignore_ascii_case("content-length");
+                is_length.then(|| value.parse::<usize>().unwrap())
+            });
+            let mut sent = vec![0; length.unwrap_or(0)];
+            reader.read_exact(&mut sent).unwrap();
+            let mut stream = stream;
+            let length = body.len();
+            write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+            )
+            .unwrap();
+            seen.push((head, String::from_utf8(sent).unwrap()));
+        }
+        seen
+    });
+    let at = format!("http://{address}/v1/images/x/data?platform=linux/amd64");
+    let source = HttpSource::new(&at, Some("word"), None).unwrap();
+    let limit = Duration::from_secs(20);
+    assert_eq!(source.trace(limit).as_deref(), Some(&b"{}"[..]));
+    assert!(source.send_trace("[1]", limit));
+    let seen = server.join().unwrap();
+    for ((head, sent), (method, body)) in seen.iter().zip([("GET", ""), ("PUT", "[1]")]) {
+        let first = format!("{method} /v1/images/x/trace?platform=linux/amd64 HTTP/1.1");
+        assert_eq!((head[0].as_str(), sent.as_str()), (first.as_str(), body));
+        let mut lines = head.iter().map(|line| line.to_ascii_lowercase());
+        assert!(lines.any(|line| line == "authorization: berth-grant word"));
+    }
+    // What is not the daemon's has no traces.
+    let other = HttpSource::new(&format!("http://{address}/image"), None, None).unwrap();
+    assert_eq!(other.trace(limit), None);
 }

@@ -77,6 +77,7 @@ pub enum Fault {
 pub struct Memory {
     file: Arc<Vec<u8>>,
     pub faults: Arc<Mutex<Vec<Fault>>>,
+    pub trace: Arc<Mutex<Option<String>>>,
     pub away: Arc<std::sync::atomic::AtomicBool>,
     fetches: Arc<AtomicUsize>,
     bytes: Arc<AtomicUsize>,
@@ -87,6 +88,7 @@ impl Memory {
         Self {
             file: Arc::clone(file),
             faults: Arc::default(),
+            trace: Arc::default(),
             away: Arc::default(),
             fetches: Arc::default(),
             bytes: Arc::default(),
@@ -141,6 +143,15 @@ impl Source for Memory {
         }
         self.bytes.fetch_add(bytes.len(), Ordering::SeqCst);
         Ok(Box::new(std::io::Cursor::new(bytes)))
+    }
+
+    fn trace(&self, _limit: Duration) -> Option<Vec<u8>> {
+        self.trace.lock().unwrap().clone().map(String::into_bytes)
+    }
+
+    fn send_trace(&self, json: &str, _limit: Duration) -> bool {
+        *self.trace.lock().unwrap() = Some(json.to_owned());
+        true
     }
 }
 
