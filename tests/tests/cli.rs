@@ -2,9 +2,9 @@
 
 use std::fs;
 
-use berth_tests::cluster::unique;
+use berth_tests::cluster::{repository, unique};
 use berth_tests::suite::suite;
-use berth_tests::{Cluster, Image, Options, machine_has};
+use berth_tests::{Cluster, Image, Options, Run, machine_has};
 use serde_json::Value;
 
 fn json(text: &str) -> Value {
@@ -184,6 +184,35 @@ fn completions_and_man_pages_are_made() {
         pages.iter().any(|page| page.file_name() == "berth.1"),
         "{pages:?}"
     );
+}
+
+#[test]
+fn the_shipped_units_are_ones_that_systemd_takes() {
+    if !machine_has("systemd-analyze", "the units are not checked") {
+        return;
+    }
+    let folder = suite().cluster.scratch("units");
+    let shipped = repository().join("scripts/packaging");
+    let mut words = vec!["verify".to_owned(), "--man=no".to_owned()];
+    for unit in fs::read_dir(shipped).unwrap().flatten() {
+        let path = unit.path();
+        if path.extension().is_none_or(|e| e != "service") {
+            continue;
+        }
+        // The programs are not installed here.
+        let text = fs::read_to_string(&path).unwrap();
+        let lines = text.lines().map(|line| match line.split_once("=/") {
+            Some((key, _)) if key.starts_with("Exec") => format!("{key}=/bin/true\n"),
+            _ => format!("{line}\n"),
+        });
+        let copy = folder.join(unit.file_name());
+        fs::write(&copy, lines.collect::<String>()).unwrap();
+        words.push(copy.to_str().unwrap().to_owned());
+    }
+    assert!(words.len() >= 5, "{words:?}");
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let ended = Run::new("systemd-analyze", &words).end();
+    assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "{ended}");
 }
 
 #[test]

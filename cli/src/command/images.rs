@@ -11,7 +11,10 @@ pub fn images(context: &Context) -> Result<(), Failure> {
     let images = match context.client().and_then(|c| Ok(c.images()?)) {
         Ok(images) => images,
         Err(e) if e.code == UNAVAILABLE => {
-            let images = from_store(context)?;
+            let images = from_store(context).map_err(|store| Failure {
+                message: format!("{}, and {}", e.message, store.message),
+                ..e.clone()
+            })?;
             context.say(&format!(
                 "berth: {}; listing the store's records",
                 e.message
