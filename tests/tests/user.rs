@@ -108,6 +108,22 @@ fn exec_ends_as_its_command_ends() {
 }
 
 #[test]
+fn a_machine_that_forbids_user_namespaces_is_named_in_one_line() {
+    let file = own_file("exec-forbidden");
+    // The setting holds for what is made below the namespace in which it is made.
+    let script = format!(
+        "echo 0 > /proc/sys/user/max_user_namespaces && exec berth exec {} true",
+        file.display()
+    );
+    let words = ["--user", "--map-root-user", "sh", "-c", &script];
+    let ended = suite().cluster.user("unshare", &words).end();
+    assert_eq!(ended.code, 69, "{ended}");
+    assert!(ended.says("user.max_user_namespaces = 0"), "{ended}");
+    assert_eq!(ended.stderr.lines().count(), 2, "{ended}");
+    wait_nothing_left(&file);
+}
+
+#[test]
 fn exec_takes_a_jobs_options() {
     let suite = suite();
     let name = &suite.shell.name;
