@@ -163,8 +163,11 @@ async fn the_first_trace_stays_until_an_admin_sends_another() {
     let path = format!("/v1/images/{digest}/trace");
     assert_eq!(ask(&user, "GET", &path, "").await.0, StatusCode::NOT_FOUND);
     let root = *digest.as_bytes();
-    let trace = |runs| Trace::new(&root, 4096, runs).unwrap().to_json();
-    let (one, none) = (trace(vec![0..1]), trace(Vec::new()));
+    let trace = |root: &[u8; 32], data: u64, chunk: Option<u32>| {
+        let runs = chunk.map(|chunk| chunk..chunk + 1).into_iter().collect();
+        Trace::new(root, data, runs).unwrap().to_json()
+    };
+    let (one, none) = (trace(&root, 4096, Some(0)), trace(&root, 4096, None));
     let kept = |body: Vec<u8>| serde_json::from_slice::<TraceKept>(&body).unwrap().kept;
     assert!(kept(ask(&user, "PUT", &path, &one).await.1));
     assert!(!kept(ask(&user, "PUT", &path, &none).await.1));
@@ -172,8 +175,8 @@ async fn the_first_trace_stays_until_an_admin_sends_another() {
     assert!(kept(ask(&admin, "PUT", &path, &none).await.1));
     assert_eq!(ask(&user, "GET", &path, "").await.1, none.as_bytes());
     // Of another image, and beyond this one.
-    let foreign = Trace::new(&[9; 32], 4096, vec![0..1]).unwrap().to_json();
-    let beyond = Trace::new(&root, 9 * CHUNK, vec![5..6]).unwrap().to_json();
+    let foreign = trace(&[9; 32], 4096, Some(0));
+    let beyond = trace(&root, 9 * CHUNK, Some(5));
     for wrong in [foreign.as_str(), beyond.as_str(), "{}", ""] {
         let (status, _) = ask(&admin, "PUT", &path, wrong).await;
         assert_eq!(status, StatusCode::BAD_REQUEST, "{wrong}");
