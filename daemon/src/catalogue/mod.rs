@@ -176,6 +176,38 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    async fn a_catalogue_of_an_earlier_release_is_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        // As its first release left it, with one image and one pull that had not ended.
+        let old = dir.path().join("old");
+        std::fs::create_dir(&old).unwrap();
+        let text = include_str!("../../migrations/0001_catalogue.sql");
+        std::fs::write(old.join("0001_catalogue.sql"), text).unwrap();
+        let options = SqliteConnectOptions::new()
+            .filename(&path)
+            .create_if_missing(true);
+        let pool = SqlitePoolOptions::new()
+            .connect_with(options)
+            .await
+            .unwrap();
+        let first = sqlx::migrate::Migrator::new(old.as_path()).await.unwrap();
+        first.run(&pool).await.unwrap();
+        for row in [
+            "INSERT INTO meta (key, value) VALUES ('store-uuid', 'u')",
+            "INSERT INTO pulls (id, reference, platform, started_at) VALUES ('p', 'r.example/a:1', 'linux/amd64', 7)",
+        ] {
+            sqlx::query(row).execute(&pool).await.unwrap();
+        }
+        pool.close().await;
+        let catalogue = Catalogue::open(dir.path()).await.unwrap();
+        let kept = catalogue.meta("store-uuid").await.unwrap();
+        assert_eq!(kept.as_deref(), Some("u"));
+        assert_eq!(catalogue.open_pulls().await.unwrap()[0].id, "p");
+        assert_eq!(catalogue.ended_pulls(9).await.unwrap(), []);
+    }
+
+    #[tokio::test]
     async fn a_broken_catalogue_is_set_aside() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
