@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -59,67 +57,68 @@ def split(image, count):
     target = IMAGES / f"{image.name}-{count}"
     if (target / "index.json").exists():
         return target
+    whole = flattened(image)
     say(f"making {target.name}: the tree of {image.name} in {count} layers")
-    work = Path(tempfile.mkdtemp(prefix=".work.", dir=IMAGES))
-    try:
-        flatten(image, work / "flat")
-        write_layout(work / "flat" / "rootfs", work / "oci", count)
-        (work / "oci").rename(target)
-    finally:
-        shutil.rmtree(work)
+    with tempfile.TemporaryDirectory(prefix=".work.", dir=IMAGES) as work:
+        layout = Path(work, "oci")
+        write_layout(whole, layout, count)
+        layout.rename(target)
     return target
 
 
-def write_layout(tree, layout, count):
-    """Files of the tree, in its order, cut into layers by their sizes. Each layer names the folders it needs."""
+def write_layout(whole, layout, count):
+    """The members of a tar file, in their order, as an image of several layers cut by size."""
     (layout / "blobs" / "sha256").mkdir(parents=True)
-    sized, total = [], 0
-    for folder, folders, files in os.walk(tree):
-        folders.sort()
-        for path in (os.path.join(folder, name) for name in sorted([*folders, *files])):
-            # A header, padding, and contents.
-            total += 1024 + (os.lstat(path).st_size if not os.path.isdir(path) else 0)
-            sized.append((path, total))
-    parts = [[] for _ in range(count)]
-    for path, end in sized:
-        parts[min((end - 1) * count // total, count - 1)].append(path)
-    entries, diff_ids = [], []
-    for part in parts:
-        packed, diff_id = layer(tree, part, layout)
-        entries.append({"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", **packed})
-        diff_ids.append(diff_id)
-    config = put(layout, json.dumps({"architecture": "amd64", "os": "linux", "config": {},
-                                     "rootfs": {"type": "layers", "diff_ids": diff_ids}}).encode())
-    written = put(layout, json.dumps({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json", **config}, "layers": entries,
+    with tarfile.open(whole) as tar:
+        # A header, contents, padding.
+        total = sum(1024 + member.size for member in tar)
+    written, layers, out = 0, [], None
+    with tarfile.open(whole, "r|gz") as tar:
+        for member in tar:
+            if written * count >= total * len(layers):
+                if out:
+                    out.end()
+                out = Layer(layout)
+                layers.append(out)
+            written += 1024 + member.size
+            out.tar.addfile(member, tar.extractfile(member) if member.isreg() else None)
+    out.end()
+    config = put(layout, json.dumps({"architecture": "amd64", "os": "linux", "config": {}, "rootfs": {
+        "type": "layers", "diff_ids": [layer.diff_id for layer in layers]}}).encode())
+    media = "application/vnd.oci.image"
+    entry = put(layout, json.dumps({
+        "schemaVersion": 2, "mediaType": f"{media}.manifest.v1+json",
+        "config": {"mediaType": f"{media}.config.v1+json", **config},
+        "layers": [{"mediaType": f"{media}.layer.v1.tar+gzip", **layer.descriptor} for layer in layers],
     }).encode())
     (layout / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [{
-        "mediaType": "application/vnd.oci.image.manifest.v1+json", **written,
+        "mediaType": f"{media}.manifest.v1+json", **entry,
         "annotations": {"org.opencontainers.image.ref.name": "1"}}]}))
 
 
-def layer(tree, paths, layout):
-    """One layer of these paths, and the folders above them; its descriptor and diff_id."""
-    plain = layout / "layer.tar"
-    seen = set()
-    with tarfile.open(plain, "w", format=tarfile.PAX_FORMAT) as tar:
-        for path in paths:
-            relative = Path(path).relative_to(tree)
-            for above in [*reversed(relative.parents)][1:]:
-                if above not in seen:
-                    seen.add(above)
-                    tar.add(tree / above, arcname=str(above), recursive=False)
-            if relative not in seen:
-                seen.add(relative)
-                tar.add(path, arcname=str(relative), recursive=False)
-    diff_id = hash_of(plain)
-    subprocess.run(["pigz", "--no-name", plain], check=True)
-    packed = plain.with_name("layer.tar.gz")
-    digest, size = hash_of(packed), packed.stat().st_size
-    packed.rename(blob(layout, digest))
-    return {"digest": digest, "size": size}, diff_id
+class Layer:
+    """A layer that is being written: `tar`, then `end`, then its descriptor and diff_id."""
+
+    def __init__(self, layout):
+        self.layout = layout
+        self.packed = layout / "layer.tar.gz"
+        self.hash = hashlib.sha256()
+        with open(self.packed, "wb") as packed:
+            self.pigz = subprocess.Popen(["pigz"], stdin=subprocess.PIPE, stdout=packed)
+        self.tar = tarfile.open(mode="w|", fileobj=self, format=tarfile.PAX_FORMAT)
+
+    def write(self, content):
+        self.hash.update(content)
+        return self.pigz.stdin.write(content)
+
+    def end(self):
+        self.tar.close()
+        self.pigz.communicate()
+        self.diff_id = f"sha256:{self.hash.hexdigest()}"
+        digest = hash_of(self.packed)
+        self.descriptor = {"digest": digest, "size": self.packed.stat().st_size}
+        self.packed.rename(blob(self.layout, digest))
 
 
 def hash_of(path):
