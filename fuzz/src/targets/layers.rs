@@ -1,7 +1,8 @@
 //! Bytes as layers, through a whole conversion: it ends with an error that says one line, or with an image that the
-//! check before signing lets through. Layers are divided by a marker; each has the diff_id that its bytes have.
+//! check before signing lets through, and both are the same however many layers are read at a time. Layers are divided
+//! by a marker; each has the diff_id that its bytes have.
 
-use berth_convert::job::FailureKind;
+use berth_convert::job::{FailureKind, Options};
 use berth_image::Digest;
 
 use super::Target;
@@ -40,7 +41,19 @@ fn run(data: &[u8]) {
             (layer, digest)
         })
         .collect();
-    match convert_blobs(&blobs, &options()) {
+    let result = convert_blobs(&blobs, &options());
+    if blobs.len() > 1 {
+        let many = Options {
+            threads: 6,
+            ..options()
+        };
+        let same = convert_blobs(&blobs, &many);
+        assert!(
+            result == same,
+            "with one task {result:?}, with three {same:?}"
+        );
+    }
+    match result {
         Ok((image, done)) => {
             let found = assert_sound(&image, &done);
             assert_eq!(found.entries, done.entries);
