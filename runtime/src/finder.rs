@@ -2,7 +2,8 @@
 //!
 //! The child reads the record and opens the data file with the user's rights, and asks the daemon as the user where
 //! the store does not have the image. Nothing it says is believed: the parent verifies the record and looks at the
-//! file again ([`crate::sealed`]). Opens on the store: its root, the record, the data file, and a look at FORMAT; a
+//! file again ([`crate::sealed`]). Where the store is not on this node the daemon gives the record and a grant to fetch
+//! the image's bytes, which the node service does. Opens on the store: its root, the record, the data file, and a look at FORMAT; a
 //! reference's entry first where no digest is known and the daemon does not answer.
 
 use std::fs::File;
@@ -11,9 +12,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use berth_client::api::{Job as SlurmJob, Pull, PullRequest, PullState, ResolveRequest};
+use berth_client::api::{
+    GrantRequest, Job as SlurmJob, Pull, PullRequest, PullState, ResolveRequest,
+};
 use berth_client::{Client, ClientError};
-use berth_config::Config;
+use berth_config::{Config, MountMode};
 use berth_image::envelope::MAX_ENVELOPE;
 use berth_image::{Digest, ImageRef, PublicKey, Record, RefEntry, layout};
 use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat, openat2};
@@ -35,6 +38,8 @@ const DAEMON_GRACE: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long one is waited for that has to ask a registry.
 const RESOLVE: Duration = Duration::from_secs(60);
+/// How long a grant is good: longer than any job. The user's right is looked at again whenever it is used.
+const GRANT_S: u64 = 31 * 24 * 3600;
 /// One long poll.
 const POLL: Duration = Duration::from_secs(10);
 
@@ -55,7 +60,7 @@ pub(crate) mod tag {
     /// Progress, plain text.
     pub(crate) const PROGRESS: u8 = b'P';
     /// `digest`, `record`, or nothing for a file of the user's own; with the descriptors of the data file and, for the
-    /// store's, of its FORMAT.
+    /// store's, of its FORMAT. Without descriptors, `grant`: the daemon has the bytes.
     pub(crate) const FOUND: u8 = b'F';
     /// A refusal.
     pub(crate) const REFUSED: u8 = b'E';
@@ -65,9 +70,19 @@ pub(crate) mod tag {
 struct Found {
     digest: Digest,
     record: Vec<u8>,
-    data: OwnedFd,
-    /// The store's FORMAT file, as a place: its owner is the store's.
-    format: OwnedFd,
+    bytes: Bytes,
+}
+
+/// Where an image's bytes are.
+enum Bytes {
+    Store {
+        data: OwnedFd,
+        /// The store's FORMAT file, as a place: its owner is the store's.
+        format: OwnedFd,
+    },
+    Daemon {
+        grant: String,
+    },
 }
 
 /// The child's life.
@@ -94,24 +109,33 @@ pub(crate) fn run(search: &Search<'_>, channel: &Channel) -> io::Result<()> {
         };
     }
     match search.find(&channel) {
-        Ok(found) => Body::default()
-            .field("digest", found.digest.to_string().as_bytes())
-            .field("record", &found.record)
-            .send_wait(
-                &channel,
-                tag::FOUND,
-                &[found.data.as_fd(), found.format.as_fd()],
-            ),
+        Ok(found) => {
+            let body = Body::default()
+                .field("digest", found.digest.to_string().as_bytes())
+                .field("record", &found.record);
+            match &found.bytes {
+                Bytes::Store { data, format } => {
+                    body.send_wait(&channel, tag::FOUND, &[data.as_fd(), format.as_fd()])
+                }
+                Bytes::Daemon { grant } => {
+                    let body = body.field("grant", grant.as_bytes());
+                    body.send_wait(&channel, tag::FOUND, &[])
+                }
+            }
+        }
         Err(refusal) => refusal.body().send_wait(&channel, tag::REFUSED, &[]),
     }
 }
 
 impl Search<'_> {
     fn find(&self, channel: &Channel) -> Result<Found, Refusal> {
-        let store = StoreDir::open(&self.config.store.path)?;
+        let store = match StoreDir::open(&self.config.store.path) {
+            Ok(store) => store,
+            Err(refusal) => return self.on_demand(refusal, channel),
+        };
         let digest = match self.wanted.digest {
             Some(digest) => digest,
-            None => self.resolve(&store)?,
+            None => self.resolve(Some(&store))?,
         };
         if let Some(found) = self.look(&store, digest)? {
             return Ok(found);
@@ -121,6 +145,10 @@ impl Search<'_> {
             && let Some(found) = self.look(&store, digest)?
         {
             return Ok(found);
+        }
+        if matches!(store.format(), Err(Errno::NOENT)) {
+            let refusal = store.unlike_the_daemon_says(&self.wanted.name());
+            return self.on_demand(refusal, channel);
         }
         let digest = self.pull(digest, channel)?;
         let deadline = Instant::now() + STALE_NAMES;
@@ -133,6 +161,42 @@ impl Search<'_> {
             }
             std::thread::sleep(Duration::from_millis(500));
         }
+    }
+
+    /// The image from the daemon, where the store is not on this node, as `no_store` says: its record, and a grant for
+    /// the node service.
+    fn on_demand(&self, no_store: Refusal, channel: &Channel) -> Result<Found, Refusal> {
+        if self.config.node.mount == MountMode::Kernel {
+            return Err(no_store);
+        }
+        let Ok(client) = Client::from_config(self.config) else {
+            return Err(no_store);
+        };
+        let digest = match self.wanted.digest {
+            Some(digest) => digest,
+            None => self.resolve(None)?,
+        };
+        let digest = match self.wanted.reference {
+            Some(_) => self.pull(digest, channel)?,
+            None => digest,
+        };
+        let platform = &self.wanted.platform;
+        let record = client.record(&digest, platform).map_err(of_daemon)?;
+        let request = GrantRequest {
+            digest: digest.to_string(),
+            platform: Some(platform.to_string()),
+            node: rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned(),
+            seconds: Some(GRANT_S),
+        };
+        let grant = client.grant(&request).map_err(of_daemon)?.grant;
+        Ok(Found {
+            digest,
+            record,
+            bytes: Bytes::Daemon { grant },
+        })
     }
 
     /// The image of `digest`, if the store has it.
@@ -152,13 +216,12 @@ impl Search<'_> {
             let path = layout::image_dir(&digest, platform).join(sealed.file.name());
             match store.open_file(&path) {
                 Ok(data) => {
+                    let format = store.format();
+                    let format = format.map_err(|e| store.refused(&name, "owner", e))?;
                     return Ok(Some(Found {
                         digest,
                         record,
-                        data,
-                        format: store
-                            .format()
-                            .map_err(|e| store.refused(&name, "owner", e))?,
+                        bytes: Bytes::Store { data, format },
                     }));
                 }
                 Err(Errno::NOENT | Errno::STALE) => {}
@@ -169,7 +232,7 @@ impl Search<'_> {
     }
 
     /// The digest for a tag: the daemon's word, or the signed entry in the store when there is no daemon.
-    fn resolve(&self, store: &StoreDir<'_>) -> Result<Digest, Refusal> {
+    fn resolve(&self, store: Option<&StoreDir<'_>>) -> Result<Digest, Refusal> {
         let job = self.job.cluster.as_ref().map(|cluster| SlurmJob {
             cluster: cluster.clone(),
             id: self.job.job,
@@ -184,7 +247,9 @@ impl Search<'_> {
         };
         let mut answer = ask(PATIENCE);
         let mut entry = None;
-        if matches!(&answer, Err(e) if !matches!(e, ClientError::Api(_))) {
+        if let Some(store) = store
+            && matches!(&answer, Err(e) if !matches!(e, ClientError::Api(_)))
+        {
             entry = self.entry(store)?;
         }
         // What the store does not know either, a busy daemon may take longer for.

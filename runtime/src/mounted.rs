@@ -1,7 +1,8 @@
 //! The image of a step: checked, and mounted by the node service where there is one, else by this process.
 //!
 //! The kernel's driver never sees a file that was not verified before ([`crate::sealed`]); the node service is given the
-//! image's descriptor, opened as the job's user, and what the record says of it.
+//! image's descriptor, opened as the job's user, and what the record says of it. Where the store is not on this node it
+//! is given a grant instead, and serves the image on demand.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -18,6 +19,9 @@ use crate::refusal::{Refusal, code};
 
 /// How long the node service may take to give a mount that needs nothing fetched.
 const SERVICE: Duration = Duration::from_secs(5);
+
+/// And to give one whose first bytes come from the daemon.
+const FROM_DAEMON: Duration = Duration::from_secs(45);
 
 /// How long the log waits for figures.
 const FIGURES: Duration = Duration::from_secs(1);
@@ -42,9 +46,18 @@ enum Source {
     Own(OwnImage),
 }
 
-/// A verified image of the store's.
+/// Where an image's bytes are.
+pub(crate) enum Bytes {
+    /// The verified record's file, opened as the job's user.
+    Store(OwnedFd),
+    /// The daemon gives them to who shows a grant.
+    Daemon(keeper::Source),
+}
+
+/// A verified image.
 struct Sealed {
-    data: OwnedFd,
+    /// Its file, where the store is on this node.
+    data: Option<OwnedFd>,
     request: MountRequest,
     /// Kept as long as the step lives: they are the service's sign that its mounts are in use.
     leases: Vec<OwnedFd>,
@@ -68,14 +81,18 @@ pub(crate) struct Owner {
 }
 
 impl Image {
-    /// `data` is the verified record's file, opened as the job's user.
+    /// An image with a verified record.
     pub(crate) fn mount(
         record: Record,
         environment: Vec<String>,
-        data: OwnedFd,
+        bytes: Bytes,
         owner: &Owner,
         config: &Config,
     ) -> Result<Image, Refusal> {
+        let (data, sources) = match bytes {
+            Bytes::Store(data) => (Some(data), Vec::new()),
+            Bytes::Daemon(source) => (None, vec![source]),
+        };
         let request = MountRequest {
             digest: owner.digest.to_string(),
             platform: owner.platform.to_string(),
@@ -83,13 +100,14 @@ impl Image {
             hash_offset: record.file.hash_offset,
             file_size: record.file.size,
             mode: match config.node.mount {
+                _ if data.is_none() => Mode::Lazy,
                 MountMode::Auto => Mode::Auto,
                 MountMode::Kernel => Mode::Kernel,
                 MountMode::Lazy => Mode::Lazy,
             },
             job: Some(owner.job.to_string()),
             uid: owner.uid,
-            sources: Vec::new(),
+            sources,
         };
         let sealed = Sealed {
             data,
@@ -181,8 +199,14 @@ impl Image {
 impl Sealed {
     fn mount(&mut self, config: &Config) -> Result<Mounted, Refusal> {
         if self.device.is_none() {
-            let (socket, deadline) = (&config.node.service.socket, Instant::now() + SERVICE);
-            let given = keeper::mount(socket, &self.request, Some(self.data.as_fd()), deadline);
+            let socket = &config.node.service.socket;
+            let limit = if self.data.is_some() {
+                SERVICE
+            } else {
+                FROM_DAEMON
+            };
+            let file = self.data.as_ref().map(AsFd::as_fd);
+            let given = keeper::mount(socket, &self.request, file, Instant::now() + limit);
             match given.and_then(|given| of_root(given, socket)) {
                 Ok(given) => {
                     let (how, warm) = (words(&given), given.kept);
@@ -199,11 +223,15 @@ impl Sealed {
     }
 
     fn own_mount(&mut self, config: &Config) -> Result<Mounted, Refusal> {
+        let Some(data) = &self.data else {
+            let line = "the image is not on this node, and what served it here is gone";
+            return Err(Refusal::new(code::UNAVAILABLE, line));
+        };
         let device = match self.device.take() {
             Some(device) => device,
             None => {
                 let file = ImageFile {
-                    file: self.data.as_fd(),
+                    file: data.as_fd(),
                     data_size: self.request.hash_offset,
                     label: &format!("berth-{}", &self.request.verity_root[..48]),
                 };
@@ -256,7 +284,7 @@ fn of_service(error: KeeperError) -> Refusal {
             }
         }
         _ => Refusal::new(code::UNAVAILABLE, line).hint(
-            "this node takes images on demand (`node.mount = \"lazy\"`): tell its admins that berth-node must run",
+            "this node takes images on demand (`node.mount = \"lazy\"`, or it has no store): tell its admins that berth-node must run",
         ),
     }
 }

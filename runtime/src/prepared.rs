@@ -3,11 +3,13 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use berth_client::Client;
 use berth_config::Config;
 use berth_image::{Digest, PublicKey};
+use berth_mount::keeper;
 
 use crate::environment;
-use crate::mounted::{Image, Owner};
+use crate::mounted::{Bytes, Image, Owner};
 use crate::mounts::{self, own_path};
 use crate::own_image::OwnImage;
 use crate::refusal::{Refusal, code};
@@ -67,10 +69,12 @@ impl Prepared {
     pub(crate) fn mount(
         &self,
         found: Fields<'_>,
-        data: OwnedFd,
+        data: Option<OwnedFd>,
         format: Option<OwnedFd>,
     ) -> Result<Image, Refusal> {
+        let lacks = |what: &str| Refusal::new(code::INTERNAL, format!("what was found: no {what}"));
         if let Some(path) = &self.wanted.own {
+            let data = data.ok_or_else(|| lacks("file"))?;
             let (config, job) = (&self.config, &self.job);
             let owner = job.writable.then_some(&job.user);
             let own = OwnImage::new(path, data, owner, &config.node.service.user);
@@ -81,10 +85,25 @@ impl Prepared {
             .map_err(|e| Refusal::new(code::INTERNAL, format!("what was found: {e}")))?;
         let bytes = found.get("record").unwrap_or_default();
         let (wanted, user) = (&self.wanted, &self.job.user);
-        let record = sealed::verify(wanted, &digest, bytes, &self.keys, data.as_fd(), user)?;
-        let format = format
-            .ok_or_else(|| Refusal::new(code::INTERNAL, "what was found: no owner of the store"))?;
-        sealed::belongs_to_store(wanted, data.as_fd(), format.as_fd())?;
+        let (record, bytes) = match data {
+            Some(data) => {
+                let record =
+                    sealed::verify(wanted, &digest, bytes, &self.keys, data.as_fd(), user)?;
+                let format = format.ok_or_else(|| lacks("owner of the store"))?;
+                sealed::belongs_to_store(wanted, data.as_fd(), format.as_fd())?;
+                (record, Bytes::Store(data))
+            }
+            None => {
+                let record = sealed::believe(wanted, &digest, bytes, &self.keys)?;
+                let client = Client::from_config(&self.config).map_err(|_| lacks("daemon"))?;
+                let grant = found.get("grant").ok_or_else(|| lacks("grant"))?;
+                let source = keeper::Source {
+                    at: client.data_source(&digest, &wanted.platform),
+                    grant: Some(String::from_utf8_lossy(grant).into_owned()),
+                };
+                (record, Bytes::Daemon(source))
+            }
+        };
         serials::look(&self.config.node.run_dir, &record, &wanted.name())?;
         let environment = self.environment(&record.run.env)?;
         let owner = Owner {
@@ -93,7 +112,7 @@ impl Prepared {
             job: self.job.job,
             uid: user.uid,
         };
-        Image::mount(record, environment, data, &owner, &self.config)
+        Image::mount(record, environment, bytes, &owner, &self.config)
     }
 
     /// What tasks get of an image's variables.

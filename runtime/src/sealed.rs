@@ -10,6 +10,18 @@ use crate::refusal::{Refusal, code};
 use crate::user::User;
 use crate::wanted::Wanted;
 
+/// The verified record of an image whose bytes come from elsewhere, each checked against it.
+pub(crate) fn believe(
+    wanted: &Wanted,
+    digest: &Digest,
+    record: &[u8],
+    keys: &[PublicKey],
+) -> Result<Record, Refusal> {
+    let opened = Record::open(record, keys, digest, &wanted.platform);
+    let (record, _) = opened.map_err(|e| not_believed(&wanted.name(), &e))?;
+    Ok(record)
+}
+
 /// The verified record of the image, when `data` is the file that it names.
 ///
 /// A plain mount hashes nothing, so who could have written the file decides: it must be a regular file of the right
@@ -23,8 +35,7 @@ pub(crate) fn verify(
     user: &User,
 ) -> Result<Record, Refusal> {
     let name = wanted.name();
-    let (record, _) = Record::open(record, keys, digest, &wanted.platform)
-        .map_err(|e| not_believed(&name, &e))?;
+    let record = believe(wanted, digest, record, keys)?;
     let damaged = |why: String| {
         Refusal::new(
             code::UNAVAILABLE,

@@ -267,7 +267,7 @@ impl Step {
     fn found(&mut self, body: &[u8], descriptors: Vec<OwnedFd>) {
         let mut descriptors = descriptors.into_iter();
         let (data, format) = (descriptors.next(), descriptors.next());
-        let (Some(prepared), Some(data)) = (&self.prepared, data) else {
+        let Some(prepared) = &self.prepared else {
             return self.fail(ended("the process that looks for the image"));
         };
         match prepared.mount(Fields(body), data, format) {
