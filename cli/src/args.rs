@@ -317,7 +317,9 @@ pub struct PlatformArg {
 const GROUPS: [(&str, &[&str]); 5] = [
     (
         "Images",
-        &["pull", "prefetch", "path", "images", "inspect", "rm"],
+        &[
+            "pull", "prefetch", "path", "images", "inspect", "trace", "rm",
+        ],
     ),
     ("Using them here", &["exec", "mount", "umount"]),
     ("The daemon", &["pulls", "status"]),
