@@ -16,12 +16,13 @@ use berth_image::digest::hex;
 use berth_image::envelope::MAX_ENVELOPE;
 use berth_image::{Digest, PublicKey, Record, layout};
 use berth_mount::keeper::{self, Answer, KeeperError, Mode, MountRequest, Request};
-use rustix::fs::{Mode as Bits, OFlags, ResolveFlags, open, openat2};
+use rustix::fs::{Mode as Bits, OFlags, ResolveFlags, open, openat, openat2};
 use rustix::io::Errno;
 
 use crate::channel::Channel;
 use crate::refusal::{Refusal, code};
 use crate::sealed;
+use crate::serials;
 use crate::sys;
 use crate::text::plain;
 use crate::trusted;
@@ -63,8 +64,10 @@ fn attach(config: &Path, user: &User, digest: &str, platform: &str) -> Result<Pa
         may_be_index: false,
         platform,
     };
-    let (record, data) = look(&config, &keys, &wanted, &digest, user)?;
+    let (record, data, format) = look(&config, &keys, &wanted, &digest, user)?;
     let record = sealed::verify(&wanted, &digest, &record, &keys, data.as_fd(), user)?;
+    sealed::belongs_to_store(&wanted, data.as_fd(), format.as_fd())?;
+    serials::look(&config.node.run_dir, &record, &wanted.name())?;
     let request = MountRequest {
         digest: digest.to_string(),
         platform: wanted.platform.to_string(),
@@ -101,7 +104,7 @@ fn look(
     wanted: &Wanted,
     digest: &Digest,
     user: &User,
-) -> Result<(Vec<u8>, OwnedFd), Refusal> {
+) -> Result<(Vec<u8>, OwnedFd, OwnedFd), Refusal> {
     let system = |e: io::Error| Refusal::new(code::INTERNAL, plain(&e));
     let (ours, theirs) = Channel::pair().map_err(system)?;
     let store = &config.store.path;
@@ -111,11 +114,11 @@ fn look(
             sys::die_after(u32::try_from(LOOKING.as_secs()).unwrap_or(u32::MAX));
             user.become_for_good()?;
             match find(store, keys, wanted, digest) {
-                Ok((record, data)) => {
+                Ok((record, data, format)) => {
                     for part in record.chunks(32 << 10) {
                         channel.send_wait(&[b"r", part].concat(), &[])?;
                     }
-                    channel.send_wait(b"F", &[data.as_fd()])
+                    channel.send_wait(b"F", &[data.as_fd(), format.as_fd()])
                 }
                 Err(errno) => {
                     let errno = errno.raw_os_error().to_le_bytes();
@@ -139,14 +142,16 @@ fn look(
             Ok(None) => return Err(system(io::ErrorKind::UnexpectedEof.into())),
             Err(e) => return Err(system(e)),
         };
-        match (
-            packet.bytes.split_first(),
-            packet.descriptors.into_iter().next(),
-        ) {
+        let mut descriptors = packet.descriptors.into_iter();
+        match (packet.bytes.split_first(), descriptors.next()) {
             (Some((b'r', part)), None) if record.len() + part.len() <= MAX_ENVELOPE => {
                 record.extend_from_slice(part);
             }
-            (Some((b'F', _)), Some(data)) => return Ok((record, data)),
+            (Some((b'F', _)), Some(data)) => {
+                let format = descriptors.next();
+                let format = format.ok_or_else(|| system(io::ErrorKind::UnexpectedEof.into()))?;
+                return Ok((record, data, format));
+            }
             (Some((b'E', number)), None) => {
                 let number = number.try_into().map_or(0, i32::from_le_bytes);
                 return Err(refused(&wanted.name(), store, number));
@@ -177,7 +182,7 @@ fn find(
     keys: &[PublicKey],
     wanted: &Wanted,
     digest: &Digest,
-) -> Result<(Vec<u8>, OwnedFd), Errno> {
+) -> Result<(Vec<u8>, OwnedFd, OwnedFd), Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = open(store, flags, Bits::empty())?;
     let within = |path: &Path| {
@@ -196,7 +201,9 @@ fn find(
         let sealed = Record::open(&record, keys, digest, &wanted.platform);
         let (sealed, _) = sealed.map_err(|_| Errno::BADMSG)?;
         let path = layout::image_dir(digest, &wanted.platform).join(sealed.file.name());
-        found = within(&path).map(|data| (record, data));
+        let place = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let format = openat(&root, layout::FORMAT, place, Bits::empty())?;
+        found = within(&path).map(|data| (record, data, format));
         if !matches!(found, Err(Errno::NOENT | Errno::STALE)) {
             break;
         }

@@ -200,3 +200,72 @@ fn duplicate(fd: RawFd) -> Result<OwnedFd, Error> {
     // SAFETY: fresh and ours.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read as _;
+    use std::os::fd::AsFd as _;
+
+    /// What the program writes to its standard output, until it ends.
+    fn said(path: &CString, script: &CString, detached: bool, fds: usize) -> String {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut all = [None; 4];
+        all[1] = Some(writer.as_fd());
+        if fds == 4 {
+            all[3] = Some(writer.as_fd());
+        }
+        let program = Program {
+            path: path.clone(),
+            arguments: vec![c"-c".to_owned(), script.clone()],
+            env: vec![c"A=b".to_owned(), c"PATH=/usr/bin:/bin".to_owned()],
+            fds: all,
+            detached,
+            on_failure: (1, b"cannot: ".to_vec()),
+        };
+        let pid = program.start().unwrap();
+        drop(program);
+        drop(writer);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        if !detached {
+            // SAFETY: a child of this test's.
+            unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) };
+        }
+        text
+    }
+
+    #[test]
+    fn the_program_finds_a_clean_slate() {
+        let sh = c"/bin/sh".to_owned();
+        let script = c"pwd; umask; echo $A; for n in 0 1 2 3 4 5 6 7 8 9; do test -e /proc/$$/fd/$n && echo $n; done; \
+            grep -E 'SigBlk|SigIgn' /proc/self/status"
+            .to_owned();
+        let clean = "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n";
+        let expected = format!("/\n0022\nb\n0\n1\n2\n{clean}");
+        // Signal 32 is libc's own, and left as it is. SIGPIPE is ignored in this process.
+        let said = |detached, fds| {
+            let text = said(&sh, &script, detached, fds);
+            text.replace("SigIgn:\t0000000080000000", "SigIgn:\t0000000000000000")
+        };
+        assert_eq!(said(false, 3), expected);
+        let expected = format!("/\n0022\nb\n0\n1\n2\n3\n{clean}");
+        assert_eq!(said(true, 4), expected);
+    }
+
+    #[test]
+    fn a_detached_program_is_not_in_the_callers_tree() {
+        let (sh, script) = (c"/bin/sh".to_owned(), c"echo $PPID".to_owned());
+        let own = format!("{}\n", std::process::id());
+        assert_eq!(said(&sh, &script, false, 3), own);
+        assert_ne!(said(&sh, &script, true, 3), own);
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_says_so() {
+        let (no, script) = (c"/no/such".to_owned(), c"".to_owned());
+        for detached in [false, true] {
+            assert_eq!(said(&no, &script, detached, 3), "cannot: no such file");
+        }
+    }
+}
