@@ -10,7 +10,7 @@ use crate::abi::{Attr, ENTRY_OUT, Put, ROOT_ID, dirent_len};
 use crate::filesystem::{FileSystem, Size};
 
 /// The file's name in the folder.
-pub const NAME: &str = "image";
+pub use berth_mount::serving::BLOCK_FILE as NAME;
 
 /// The file's node id.
 const FILE_ID: u64 = 2;

@@ -11,9 +11,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use berth_fuse::block::BlockFs;
 use berth_fuse::chunks::{
     Cache, ChunkStore, FileSource, HttpSource, Policy, Sealed, Source, Sources, Stats,
 };
+use berth_fuse::filesystem::FileSystem;
 use berth_fuse::fs::ImageFs;
 use berth_fuse::meter::{BOUNDS_US, KINDS, Latency};
 use berth_fuse::session::{Options, Session};
@@ -193,7 +195,7 @@ impl Server {
                 Err(error) => return Err(error),
             }
         };
-        let session = Session::new(Arc::new(fs), device, slots::map(memory)?, self.options);
+        let session = Session::new(fs, device, slots::map(memory)?, self.options);
         let mounted = Mounted {
             store,
             session: Arc::clone(&session),
@@ -217,7 +219,7 @@ impl Server {
         &self,
         served: &Served,
         image: Option<&OwnedFd>,
-    ) -> Result<(Arc<ChunkStore>, ImageFs<Arc<ChunkStore>>), Failure> {
+    ) -> Result<(Arc<ChunkStore>, Arc<dyn FileSystem>), Failure> {
         let sealed = Sealed {
             root: parse_root(&served.verity_root)?.0,
             hash_offset: served.hash_offset,
@@ -237,9 +239,13 @@ impl Server {
         let sources = Sources::new(sources, self.options.deadline * 4 / 5);
         let store = ChunkStore::open(sealed, sources, self.cache.as_ref())?;
         store.follow(self.beside);
+        if served.block {
+            let fs = BlockFs::new(Arc::clone(&store))?;
+            return Ok((store, Arc::new(fs)));
+        }
         let reader = Reader::open_in(Arc::clone(&store), Arc::clone(&self.caches))?;
         let fs = ImageFs::new(reader)?;
-        Ok((store, fs))
+        Ok((store, Arc::new(fs)))
     }
 
     fn tell(&self) {

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::keeper::Source;
 
+/// The name of the one file of an image that is served as a block device's.
+pub const BLOCK_FILE: &str = "image";
+
 /// To the server.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "lowercase")]
@@ -30,6 +33,9 @@ pub struct Served {
     pub hash_offset: u64,
     /// Where the bytes can be fetched.
     pub sources: Vec<Source>,
+    /// As one file, for a loop device and the kernel's driver, instead of as its files.
+    #[serde(default)]
+    pub block: bool,
     /// Whether another server has answered for it before.
     pub taken_over: bool,
 }

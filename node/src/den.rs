@@ -4,23 +4,26 @@
 //! sees them, no unmount elsewhere is held up by a copy, and they go with the process. A mount must hang somewhere to
 //! be cloned: kernels before 6.15 clone nothing that is detached.
 
+use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{CWD, Mode};
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
     mount_change, move_mount, open_tree, unmount,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::setup::Failure;
 
 /// A mount in the den, by its folder's number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Berth(u64);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) struct Berth(pub(crate) u64);
 
 enum Order {
     Put(OwnedFd, Sender<Result<Berth, Errno>>),
@@ -29,30 +32,46 @@ enum Order {
 }
 
 /// The way to the thread in there.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Den {
     orders: Sender<Order>,
+    /// For the next keeper.
+    pub(crate) namespace: OwnedFd,
+}
+
+/// A den that another keeper left, and what is to stay in it.
+#[derive(Debug)]
+pub(crate) struct Old {
+    pub(crate) namespace: OwnedFd,
+    pub(crate) berths: HashSet<Berth>,
 }
 
 impl Den {
-    /// Makes the namespace; `folder` is a folder that will be covered, inside it only.
-    pub(crate) fn new(folder: &Path) -> Result<Self, Failure> {
+    /// Makes the namespace, or moves into the old one; `folder` is a folder that will be covered, inside it only.
+    pub(crate) fn new(folder: &Path, old: Option<Old>) -> Result<Self, Failure> {
         let (orders, inbox) = channel();
         let (ready, made) = channel();
         let folder = folder.to_owned();
         let thread = std::thread::Builder::new().name("den".into());
         thread
             .spawn(move || {
-                let entered = enter(&folder);
+                // There is no /proc in there.
+                let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                let links = rustix::fs::open("/proc/thread-self/ns", flags, Mode::empty());
+                let links = links.map_err(|e| ("look at /proc", e));
+                let (entered, next) = match old {
+                    Some(old) => (enter_old(&old), next_after(&old)),
+                    None => (enter(&folder), 0),
+                };
                 let well = entered.is_ok();
-                let _ = ready.send(entered);
+                let _ = ready.send(entered.and_then(|()| own_namespace(&links?)));
                 if well {
-                    obey(&inbox);
+                    obey(&inbox, next);
                 }
             })
             .map_err(|e| Failure::system("cannot start a thread", e))?;
         match made.recv() {
-            Ok(Ok(())) => Ok(Self { orders }),
+            Ok(Ok(namespace)) => Ok(Self { orders, namespace }),
             Ok(Err((step, errno))) => Err(Failure::system(
                 &format!("cannot make a mount namespace ({step})"),
                 errno,
@@ -96,9 +115,38 @@ fn enter(folder: &Path) -> Result<(), (&'static str, Errno)> {
     rustix::process::chdir("/").map_err(step("chdir"))
 }
 
-fn obey(inbox: &Receiver<Order>) {
-    let mut next = 0;
-    let folder = |Berth(number): Berth| format!("/{number}");
+/// Moves this thread into a namespace of an earlier keeper's, and lets go of what nobody knows any more.
+fn enter_old(old: &Old) -> Result<(), (&'static str, Errno)> {
+    let nix = |step: &'static str| move |e: nix::Error| (step, Errno::from_raw_os_error(e as i32));
+    unshare(CloneFlags::CLONE_FS).map_err(nix("unshare"))?;
+    setns(&old.namespace, CloneFlags::CLONE_NEWNS).map_err(nix("setns"))?;
+    let root = rustix::fs::open("/", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let entries = root
+        .and_then(rustix::fs::Dir::new)
+        .map_err(|e| ("list", e))?;
+    for entry in entries.flatten() {
+        let number = entry.file_name().to_str().ok().and_then(|n| n.parse().ok());
+        if let Some(berth) = number
+            .map(Berth)
+            .filter(|berth| !old.berths.contains(berth))
+        {
+            drop_berth(berth);
+        }
+    }
+    Ok(())
+}
+
+fn next_after(old: &Old) -> u64 {
+    old.berths.iter().map(|Berth(at)| at + 1).max().unwrap_or(0)
+}
+
+/// This thread's; the process as a whole stays in the node's.
+fn own_namespace(links: &OwnedFd) -> Result<OwnedFd, (&'static str, Errno)> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    rustix::fs::openat(links, c"mnt", flags, Mode::empty()).map_err(|e| ("open", e))
+}
+
+fn obey(inbox: &Receiver<Order>, mut next: u64) {
     for order in inbox {
         match order {
             Order::Put(mount, answer) => {
@@ -110,13 +158,19 @@ fn obey(inbox: &Receiver<Order>) {
                 let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
                 let _ = answer.send(open_tree(CWD, folder(berth), flags));
             }
-            Order::Drop(berth) => {
-                let folder = folder(berth);
-                let _ = unmount(&folder, UnmountFlags::DETACH);
-                let _ = rustix::fs::rmdir(&folder);
-            }
+            Order::Drop(berth) => drop_berth(berth),
         }
     }
+}
+
+fn folder(Berth(number): Berth) -> String {
+    format!("/{number}")
+}
+
+fn drop_berth(berth: Berth) {
+    let folder = folder(berth);
+    let _ = unmount(&folder, UnmountFlags::DETACH);
+    let _ = rustix::fs::rmdir(&folder);
 }
 
 fn put(mount: &OwnedFd, folder: &str) -> Result<(), Errno> {

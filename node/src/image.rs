@@ -4,11 +4,12 @@ use std::os::fd::BorrowedFd;
 
 use berth_mount::keeper::MountRequest;
 use rustix::fs::{FileType, fstat};
+use serde::{Deserialize, Serialize};
 
 use crate::setup::Failure;
 
 /// What a kept mount is a mount of. Two requests share one only if they agree in all of it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct Key {
     /// The sealed root of the image's hash tree.
     pub(crate) root: [u8; 32],
@@ -18,7 +19,7 @@ pub(crate) struct Key {
 }
 
 /// Where the bytes come from.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) enum Bytes {
     /// A file that root's runtime handed over, mounted by the kernel: device and inode.
     File(u64, u64),

@@ -10,6 +10,7 @@
 //! - [`places`]: where users find images; [`finder`] looks for them with their rights;
 //! - [`server`]: root's side of the unprivileged process;
 //! - [`service`]: requests and their answers;
+//! - [`shelf`]: what the next keeper finds;
 //! - [`signals`]: how it is told to stop.
 
 mod den;
@@ -20,6 +21,7 @@ mod places;
 mod server;
 mod service;
 mod setup;
+mod shelf;
 mod signals;
 mod table;
 

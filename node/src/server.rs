@@ -14,14 +14,17 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use berth_config::NodeService;
+use berth_config::{NodeService, ServeMode};
 use berth_mount::fuse::{detached, open_device, request_memory};
 use berth_mount::keeper::{MountRequest, decode, encode};
 use berth_mount::packets::Packets;
 use berth_mount::serving::{Order, Report, Served};
 use nix::unistd::User;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::setup::{Failure, program};
+use crate::shelf::{Left, Shelf};
 
 /// Requests are answered, with an error if need be, after this time: half of Slurm's UnkillableStepTimeout.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -31,6 +34,8 @@ const OPENING: Duration = Duration::from_secs(45);
 const ROUND: Duration = Duration::from_secs(10);
 /// How long the server may take to read an order.
 const SAYING: Duration = Duration::from_secs(5);
+/// How long whoever asks for figures waits for the server's.
+const TELLING: Duration = Duration::from_secs(1);
 /// So many deaths within [`WINDOW`] are too many.
 const MOST_DEATHS: usize = 60;
 const WINDOW: Duration = Duration::from_secs(60);
@@ -60,6 +65,41 @@ struct State {
     stopping: bool,
 }
 
+impl State {
+    /// What an earlier keeper left; its server ends, so that the next one can take over.
+    fn with(left: &mut Left) -> Self {
+        if let Some(server) = left.get("server") {
+            let _ = pidfd_send_signal(&server, Signal::KILL);
+            let patience = Timespec::try_from(SAYING).ok();
+            let _ = poll(
+                &mut [PollFd::new(&server, PollFlags::IN)],
+                patience.as_ref(),
+            );
+        }
+        let mut state = Self::default();
+        for (id, served) in left.described::<Served>("served") {
+            let (device, memory) = (left.get(&name("device", id)), left.get(&name("memory", id)));
+            let (Some(device), Some(memory)) = (device, memory) else {
+                continue;
+            };
+            state.next = state.next.max(id + 1);
+            let connection = Connection {
+                served: Served {
+                    taken_over: true,
+                    ..served
+                },
+                device,
+                memory,
+                image: left.get(&name("image", id)),
+                opened: Some(Ok(())),
+            };
+            state.connections.insert(id, connection);
+        }
+        state.takeovers = u64::from(!state.connections.is_empty());
+        state
+    }
+}
+
 /// See the module's head.
 #[derive(Debug)]
 pub(crate) struct Server {
@@ -67,6 +107,9 @@ pub(crate) struct Server {
     arguments: Vec<String>,
     cache: PathBuf,
     user: Result<(u32, u32), String>,
+    /// Images are served as one file each.
+    pub(crate) block: bool,
+    shelf: Arc<Shelf>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -76,7 +119,11 @@ pub(crate) type Ended = dyn Fn(u64) + Send;
 
 impl Server {
     /// Starts nothing yet. A user that does not exist is told to those who ask for an image on demand.
-    pub(crate) fn new(service: &NodeService) -> Result<Self, Failure> {
+    pub(crate) fn new(
+        service: &NodeService,
+        shelf: Arc<Shelf>,
+        left: &mut Left,
+    ) -> Result<Self, Failure> {
         let own = std::env::current_exe().map_err(|e| Failure::system("own path", e))?;
         let mut arguments = vec![
             "node".to_owned(),
@@ -94,7 +141,9 @@ impl Server {
             arguments,
             cache: service.cache_dir.clone(),
             user: user(&service.user),
-            state: Mutex::default(),
+            block: service.mode == ServeMode::Block,
+            shelf,
+            state: Mutex::new(State::with(left)),
             changed: Condvar::new(),
         })
     }
@@ -129,6 +178,7 @@ impl Server {
                 verity_root: request.verity_root.clone(),
                 hash_offset: request.hash_offset,
                 sources: request.sources.clone(),
+                block: self.block,
                 taken_over: false,
             },
             device,
@@ -146,7 +196,12 @@ impl Server {
         loop {
             let opened = state.connections.get(&id).map(|c| c.opened.clone());
             let failed = match opened {
-                Some(Some(Ok(()))) => return Ok((id, tree)),
+                Some(Some(Ok(()))) => {
+                    if let Some(connection) = state.connections.get(&id) {
+                        connection.leave(&self.shelf);
+                    }
+                    return Ok((id, tree));
+                }
                 Some(Some(Err(why))) => why,
                 Some(None) if Instant::now() < deadline => {
                     let left = deadline.saturating_duration_since(Instant::now());
@@ -201,6 +256,7 @@ impl Server {
         let gone = std::mem::take(&mut self.state().connections);
         self.changed.notify_all();
         for id in gone.into_keys() {
+            forget(&self.shelf, id);
             ended(id);
         }
     }
@@ -210,6 +266,12 @@ impl Server {
         let (link, mut child) = self.start()?;
         let link = Arc::new(link);
         tracing::info!(pid = child.id(), "serving on demand");
+        self.shelf.remove("server");
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let pid = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        if let Some(pid) = pid {
+            self.shelf.put("server", pid);
+        }
         let mut sent = true;
         {
             let mut state = self.state();
@@ -260,6 +322,7 @@ impl Server {
         let child = Command::new(&self.program)
             .args(&self.arguments)
             .env("MALLOC_ARENA_MAX", "4")
+            .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .current_dir("/")
@@ -306,6 +369,7 @@ impl Server {
                     let gone = self.state().connections.remove(&id);
                     self.changed.notify_all();
                     if gone.is_some() {
+                        forget(&self.shelf, id);
                         ended(id);
                     }
                 }
@@ -368,8 +432,10 @@ impl Server {
         if let Some(link) = state.link.clone()
             && self.ask(&link).is_ok()
         {
-            let deadline = Instant::now() + SAYING;
-            while state.metrics.is_empty() && state.link.is_some() && Instant::now() < deadline {
+            let deadline = Instant::now() + TELLING;
+            // Another server was not asked.
+            let same = |state: &State| state.link.as_ref().is_some_and(|l| Arc::ptr_eq(l, &link));
+            while state.metrics.is_empty() && same(&state) && Instant::now() < deadline {
                 let left = deadline.saturating_duration_since(Instant::now());
                 let waited = self.changed.wait_timeout(state, left);
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -386,7 +452,29 @@ impl Server {
     }
 }
 
+fn name(part: &str, id: u64) -> String {
+    format!("{part}-{id}")
+}
+
+/// Nothing of it is for the next keeper.
+fn forget(shelf: &Shelf, id: u64) {
+    for part in ["served", "device", "memory", "image"] {
+        shelf.remove(&name(part, id));
+    }
+}
+
 impl Connection {
+    /// Everything of it is for the next keeper.
+    fn leave(&self, shelf: &Shelf) {
+        let id = self.served.id;
+        shelf.put(&name("device", id), &self.device);
+        shelf.put(&name("memory", id), &self.memory);
+        if let Some(image) = &self.image {
+            shelf.put(&name("image", id), image);
+        }
+        shelf.describe(&name("served", id), &self.served);
+    }
+
     fn send(&self, link: &Packets) -> io::Result<()> {
         let order = encode(&Order::Serve(self.served.clone()))?;
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![self.device.as_fd(), self.memory.as_fd()];

@@ -16,21 +16,25 @@ use berth_mount::keeper::{
     Answer, How, Mode, MountRequest, MountStatus, Request, Status, decode, encode,
 };
 use berth_mount::packets::{Packet, Packets};
+use berth_mount::serving::BLOCK_FILE;
 use berth_mount::{ImageFile, LoopDevice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::Mode as Bits;
+use rustix::fs::{Mode as Bits, OFlags};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
 };
 
-use crate::den::{Berth, Den};
+use serde::{Deserialize, Serialize};
+
+use crate::den::{Berth, Den, Old};
 use crate::finder::Finder;
 use crate::image::{Bytes, Key};
 use crate::peer::{self, Peer};
 use crate::places::Places;
 use crate::server::Server;
 use crate::setup::{Failure, Prepared};
+use crate::shelf::{Left, Shelf};
 use crate::signals::{Bell, Told};
 use crate::table::{Entry, Limits, Table};
 
@@ -47,7 +51,7 @@ const ROOTS: usize = 256;
 const USERS: usize = 4;
 
 /// A mount in the den.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Kept {
     berth: Berth,
     how: How,
@@ -109,6 +113,7 @@ struct Service {
     server: Arc<Server>,
     places: Places,
     finder: Finder,
+    shelf: Arc<Shelf>,
     bell: Bell,
     state: Mutex<State>,
     made: Condvar,
@@ -117,11 +122,18 @@ struct Service {
 /// Serves until it is told to stop.
 pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
     let limits = limits(prepared.service());
-    let den = Den::new(&prepared.config.node.run_dir)?;
+    let shelf = Arc::new(Shelf::new());
+    let mut left = Left::take();
+    let mut table = Table::new(limits);
+    let den = den(&prepared, &shelf, &mut left, &mut table)?;
     let bell = Bell::new()?;
     raise_descriptors();
     let socket = prepared.service().socket.clone();
-    let server = Arc::new(Server::new(prepared.service())?);
+    let server = Arc::new(Server::new(
+        prepared.service(),
+        Arc::clone(&shelf),
+        &mut left,
+    )?);
     let places = Places::new(&prepared.config.node.run_dir)?;
     let finder = Finder::new(&prepared.path)?;
     let listener = listen_at(&socket)?;
@@ -131,9 +143,10 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
         server: Arc::clone(&server),
         places,
         finder,
+        shelf,
         bell,
         state: Mutex::new(State {
-            table: Table::new(limits),
+            table,
             making: HashSet::new(),
             leases: Vec::new(),
             working: HashMap::new(),
@@ -150,6 +163,7 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
     let serving = std::thread::Builder::new().name("server".into());
     (serving.spawn(move || life.run(&move |id| hears.served_no_more(id))))
         .map_err(|e| Failure::system("cannot start a thread", e))?;
+    service.shelf.ready();
     while service.turn(&listener)? {}
     server.leave();
     service.places.clear();
@@ -157,6 +171,38 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
     let _ = std::fs::remove_file(&socket);
     tracing::info!("stopped");
     Ok(())
+}
+
+/// The den, with what an earlier keeper left in it.
+fn den(
+    prepared: &Prepared,
+    shelf: &Shelf,
+    left: &mut Left,
+    table: &mut Table<Key, Kept>,
+) -> Result<Den, Failure> {
+    let folder = &prepared.config.node.run_dir;
+    let mut old: Vec<(u64, (Key, Kept))> = left.described("kept");
+    // A mount that nobody would answer for is let go of.
+    let answered = |id: u64| left.has(&format!("served-{id}"));
+    old.retain(|(_, (_, kept))| kept.served.is_none_or(answered));
+    let berths = old.iter().map(|(_, (_, kept))| kept.berth).collect();
+    if let Some(namespace) = left.get("den") {
+        match Den::new(folder, Some(Old { namespace, berths })) {
+            Ok(den) => {
+                for (_, (key, kept)) in old {
+                    table.add(key, kept, Instant::now());
+                }
+                return Ok(den);
+            }
+            Err(failure) => {
+                tracing::error!(why = failure.why, "what was left is not to be used");
+                shelf.remove("den");
+            }
+        }
+    }
+    let den = Den::new(folder, None)?;
+    shelf.put("den", &den.namespace);
+    Ok(den)
 }
 
 fn limits(service: &NodeService) -> Limits {
@@ -261,8 +307,13 @@ impl Service {
         }
         for kept in state.table.expired(Instant::now()) {
             tracing::info!(digest = kept.digest, how = ?kept.how, "let go of an unused mount");
-            self.den.drop_of(kept.berth);
+            self.drop_kept(&kept);
         }
+    }
+
+    fn drop_kept(&self, kept: &Kept) {
+        self.den.drop_of(kept.berth);
+        self.shelf.remove(&kept_name(kept));
     }
 
     fn accept(self: &Arc<Self>, listener: &OwnedFd) {
@@ -400,6 +451,7 @@ impl Service {
                 state.making.remove(&key);
                 self.made.notify_all();
                 let kept = made?;
+                self.shelf.describe(&kept_name(&kept), &(&key, &kept));
                 state.table.add(key.clone(), kept.clone(), Instant::now());
                 state.table.take(&key);
                 (kept, false)
@@ -515,7 +567,14 @@ impl Service {
         let (how, served, mount) = match (&key.bytes, image) {
             (Bytes::File(..), Some(image)) => (How::Kernel, None, self.by_kernel(request, &image)?),
             (_, image) => {
-                let (id, tree) = self.server.serve(request, image)?;
+                let (id, mut tree) = self.server.serve(request, image)?;
+                if self.server.block {
+                    // The loop device holds the file, and with it the mount that the file is in.
+                    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                    let file = rustix::fs::openat(&tree, BLOCK_FILE, flags, Bits::empty())
+                        .map_err(|e| Failure::system("cannot open an image's one file", e))?;
+                    tree = self.by_kernel(request, &file)?;
+                }
                 (How::Lazy, Some(id), tree)
             }
         };
@@ -555,7 +614,7 @@ impl Service {
         let key = state.table.iter().find_map(of);
         if let Some(kept) = key.and_then(|key| state.table.remove(&key)) {
             tracing::warn!(digest = kept.digest, "a mount's server is gone");
-            self.den.drop_of(kept.berth);
+            self.drop_kept(&kept);
         }
     }
 
@@ -638,6 +697,10 @@ impl Service {
             mounts: mounts.collect(),
         }
     }
+}
+
+fn kept_name(kept: &Kept) -> String {
+    format!("kept-{}", kept.berth.0)
 }
 
 fn refused(failure: Failure) -> Answer {

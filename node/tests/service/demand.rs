@@ -69,7 +69,11 @@ fn all(mount: &OwnedFd) -> Tree {
 
 /// A service and images of `trees`, on demand; `None` where that is not possible.
 fn serving(trees: &[Tree]) -> Option<(Node, Vec<(MountRequest, Given)>)> {
-    let node = Node::start("keep_images = 100")?;
+    serving_with("keep_images = 100", trees)
+}
+
+fn serving_with(settings: &str, trees: &[Tree]) -> Option<(Node, Vec<(MountRequest, Given)>)> {
+    let node = Node::start(settings)?;
     let mut given = Vec::new();
     for (at, tree) in trees.iter().enumerate() {
         let folder = node.dir.path().join(format!("tree-{at}"));
@@ -99,6 +103,16 @@ fn next_server(node: &Node, last: Option<Pid>) -> Pid {
 /// Has the kernel forget what it has of all mounts.
 fn forget() {
     std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+}
+
+/// Ended, waited for by its parent or not.
+fn dead(pid: Pid) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/status"))
+        .map_or(true, |status| status.contains("State:\tZ"))
+}
+
+fn threads(pid: Pid) -> u64 {
+    field(pid, "Threads:")
 }
 
 fn field(pid: Pid, name: &str) -> u64 {
@@ -190,6 +204,34 @@ fn readers_of_many_mounts_outlive_fifty_servers() {
 }
 
 #[test]
+fn an_image_served_as_one_file_outlives_its_servers_too() {
+    let trees = [tree(5, 60)];
+    let Some((node, given)) = serving_with("mode = 'block'", &trees) else {
+        return;
+    };
+    let mount = &given[0].1.tree;
+    assert!(all(mount) == trees[0]);
+    let kind = rustix::fs::fstatfs(mount).unwrap().f_type;
+    assert_eq!(kind, 0x7371_7368, "the kernel's squashfs");
+    let mut last = None;
+    for _ in 0..5 {
+        let pid = next_server(&node, last);
+        forget();
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| all(mount) == trees[0]);
+            kill_process(pid, Signal::KILL).unwrap();
+            assert!(reader.join().unwrap());
+        });
+        last = Some(pid);
+    }
+    drop(given);
+    eventually("it is unused", || node.status().mounts[0].users == 0);
+    keeper::ask(&node.socket(), &Request::Drain, None, soon()).unwrap();
+    let pid = next_server(&node, last);
+    eventually("nothing is served", || threads(pid) <= 2);
+}
+
+#[test]
 fn a_listing_goes_on_where_the_server_died() {
     let many: Tree = (0..5000)
         .map(|at| (format!("{at:04}-{}", "n".repeat(60)), Vec::new()))
@@ -223,9 +265,111 @@ fn readers_outlive_the_keeper_and_its_server_ends_with_the_last_of_them() {
     node.child = Node::spawn(node.dir.path());
     node.wait_ready();
     drop(mount);
-    eventually("the old server ends", || {
-        rustix::process::test_kill_process(pid).is_err()
+    eventually("the old server ends", || dead(pid));
+}
+
+/// What `scripts/packaging/berth-unkillable` is for: a server that answers nothing, and a job that waits for it.
+#[test]
+fn slurms_program_for_unkillable_steps_frees_who_waits_for_a_stopped_server() {
+    let trees = [tree(9, 8)];
+    let Some((node, given)) = serving(&trees) else {
+        return;
+    };
+    let mount = &given[0].1.tree;
+    let folder = node.dir.path().join("mount");
+    std::fs::create_dir(&folder).unwrap();
+    let flags = rustix::mount::MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(mount, c"", rustix::fs::CWD, &folder, flags).unwrap();
+    let minor = rustix::fs::minor(rustix::fs::fstat(mount).unwrap().st_dev);
+    let server = server(&node).unwrap();
+    kill_process(server, Signal::STOP).unwrap();
+    forget();
+    let mut job = Command::new("cat")
+        .arg(folder.join("file-00003"))
+        .env("SLURM_JOB_ID", "4242424242")
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let control = node.dir.path().join("control");
+    std::fs::create_dir(&control).unwrap();
+    let none = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("berth", &control, "fusectl", none, None).unwrap();
+    let waiting = control.join(format!("{minor}/waiting"));
+    eventually("the job waits", || {
+        std::fs::read_to_string(&waiting).is_ok_and(|count| count.trim() != "0")
     });
+    let script =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/packaging/berth-unkillable");
+    let run = Command::new(script)
+        .env("SLURM_JOB_ID", "4242424242")
+        .env("BERTH_CONNECTIONS", &control)
+        .status()
+        .unwrap();
+    assert!(run.success());
+    assert!(!job.wait().unwrap().success());
+    kill_process(server, Signal::KILL).unwrap();
+    for mount in [&folder, &control] {
+        rustix::mount::unmount(mount, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+}
+
+/// Under a service manager that holds what a keeper leaves: see `manager.py`.
+#[test]
+fn a_killed_keepers_successor_takes_over_every_mount() {
+    let trees = [tree(3, 40)];
+    let Some((mut node, given)) = serving(&[]) else {
+        return;
+    };
+    assert!(given.is_empty());
+    node.child.kill().unwrap();
+    node.child.wait().unwrap();
+    let mut said = node.under_a_manager();
+    let mut keeper = || -> Pid {
+        let line = said.next().unwrap().unwrap();
+        let pid = line.strip_prefix("ready ").unwrap().parse().unwrap();
+        Pid::from_raw(pid).unwrap()
+    };
+    let first = keeper();
+    let folder = node.dir.path().join("tree");
+    write(&trees[0], &folder);
+    let image = node.image_of("image", &folder);
+    let Some(request) = node.sealed(&image) else {
+        return;
+    };
+    let lazy = node.demand(&image, &request);
+    let by_kernel = node.mount(&image).unwrap();
+    let last = server(&node).unwrap();
+    forget();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| all(&lazy.tree) == trees[0]);
+        kill_process(first, Signal::KILL).unwrap();
+        let second = keeper();
+        assert_ne!(first, second);
+        // The old server was replaced, at once: it would answer beside the new one.
+        assert_ne!(next_server(&node, Some(last)), last);
+        assert!(dead(last));
+        assert!(reader.join().unwrap());
+    });
+    // What was kept is kept.
+    let status = node.status();
+    assert_eq!(status.mounts.len(), 2, "{status:?}");
+    let again = keeper::mount(&node.socket(), &request, None, soon()).unwrap();
+    assert!(again.kept && all(&again.tree) == trees[0]);
+    assert!(node.mount(&image).unwrap().kept);
+    drop((lazy, by_kernel, again));
+    eventually("all are unused", || {
+        node.status().mounts.iter().all(|mount| mount.users == 0)
+    });
+    keeper::ask(&node.socket(), &Request::Drain, None, soon()).unwrap();
+    let pid = server(&node).unwrap();
+    eventually("nothing is served", || {
+        node.status().mounts.is_empty() && threads(pid) <= 2
+    });
+    // And nothing comes back.
+    let now = node.status();
+    assert!(now.mounts.is_empty());
+    kill_process(pid, Signal::KILL).unwrap();
 }
 
 #[test]

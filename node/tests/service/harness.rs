@@ -1,12 +1,12 @@
 //! A service of a test's own, images for it, and what a test asks of both.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -56,6 +56,23 @@ impl Node {
             .arg(dir.join("berth.toml"))
             .spawn()
             .unwrap()
+    }
+
+    /// Starts it anew as the child of a service manager, which takes this test's place as its parent; the manager's
+    /// lines.
+    pub fn under_a_manager(&mut self) -> impl Iterator<Item = std::io::Result<String>> + use<> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/service/manager.py");
+        self.child = Command::new("python3")
+            .arg(script)
+            .arg(self.dir.path().join("notify"))
+            .arg(programs().join("berth-node"))
+            .arg("--config")
+            .arg(self.dir.path().join("berth.toml"))
+            .env("BERTH_LOG", "warn")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        BufReader::new(self.child.stdout.take().unwrap()).lines()
     }
 
     pub fn wait_ready(&self) {
