@@ -12,14 +12,17 @@ A kernel built with CONFIG_SQUASHFS_DECOMP_SINGLE is the weakest there is: it de
 import contextlib
 import gzip
 import os
+import re
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from . import layers
 from .clusters import ROOT
-from .measure import Row, Variant, against, interleave, say, version
+from .measure import Row, Variant, against, interleave, say
 
 SUMMARY = "reading an image: files, random places, walks, a Python start, cold and warm"
 RUNS = 5
@@ -30,7 +33,7 @@ READER = WORK / "reader"
 PACK = ROOT / "target" / "release" / "examples" / "pack"
 BERTH_FUSE = ROOT / "target" / "release" / "berth-fuse"
 READY_S = 10
-CASES = ("walk", "sequential", "parallel", "random", "python")
+CASES = ("walk", "sequential", "sequential-warm", "parallel", "random", "python")
 COLD_READS, WARM_READS = 500, 20000
 
 
@@ -46,6 +49,8 @@ def run(runs, arguments):
         subprocess.run(["cargo", "build", "--locked", "--release", "-p", "berth-squashfs", "--example", "pack"],
                        cwd=ROOT, check=True)
     made = Made()
+    # Told to end, it unmounts what it has mounted.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="berth-bench-read-", dir="/var/tmp") as folder:
         folder = Path(folder)
         ours, block = Ours(folder / "files", made.image), Block(folder / "block", made.image)
@@ -57,7 +62,7 @@ def run(runs, arguments):
         rows = []
         for case in arguments.only or CASES:
             say(f"{case}, {runs} rounds")
-            rows += getattr(bench, case)()
+            rows += getattr(bench, case.replace("-", "_"))()
         return rows, notes(made) | {"squashfuse": [peer.name for peer in peers]}
 
 
@@ -155,8 +160,9 @@ class Served(Mounted):
 
 class Squashfuse(Served):
     def __init__(self, folder, source, program):
-        said = version(program, "--help").split()
-        super().__init__(f"squashfuse_ll {said[1] if len(said) > 1 else program}", folder, source)
+        said = subprocess.run([program, "--help"], check=False, capture_output=True, text=True)
+        found = re.search(r"squashfuse (\d\S*)", said.stdout + said.stderr)
+        super().__init__(f"squashfuse_ll {found[1] if found else program}", folder, source)
         self.program = program
 
     def serve(self):
@@ -234,9 +240,7 @@ class Bench:
             variants[system] = Variant(system.name, measured, system.fresh)
             variants[system].cpu = cpu
         with self.ended():
-            interleave(list(variants.values()), self.runs)
-        for variant in variants.values():
-            variant.cpu = variant.cpu[-self.runs:]
+            interleave(list(variants.values()), self.runs, warm_up=0)
         return variants
 
     def warm(self, work, before=None, systems=None):
@@ -291,28 +295,30 @@ class Bench:
             *self.rows("walk, warm", warm, {self.kernel: ("ratio", 1.3), debian: ("ratio", 0.3)}, ("ratio", 1.1)),
         ]
 
-    def sequential(self):
-        def work(system):
-            return self.reader("sequential", system)
+    def read_all(self, system):
+        return self.reader("sequential", system)
 
-        cold, warm = self.cold(work), self.warm(work)
-        rows = [
-            *self.rows("sequential, cold", cold, {self.kernel: ("ratio", 1.1)}, unit="s", scale=1),
-            *self.cpu("sequential, cold", cold),
-            *self.rows("sequential, warm", warm, {self.plain: ("ratio", 1.1)}, ("ratio", 1.1)),
-        ]
+    def sequential(self):
+        cold = self.cold(self.read_all)
         # How fast the image's own bytes come from the disk.
         bare = Variant("pread of the image", lambda: float(subprocess.run(
             [READER, "file", self.made.image], check=True, capture_output=True, text=True).stdout.split()[1]),
             lambda: evict(self.made.image))
-        interleave([bare], self.runs)
-        return [*rows, against("sequential, cold", cold[self.ours], bare, "s", 1)]
+        interleave([bare], self.runs, warm_up=0)
+        return [
+            *self.rows("sequential, cold", cold, {self.kernel: ("ratio", 1.1)}, unit="s", scale=1),
+            against("sequential, cold", cold[self.ours], bare, "s", 1),
+            *self.cpu("sequential, cold", cold),
+        ]
+
+    def sequential_warm(self):
+        return self.rows("sequential, warm", self.warm(self.read_all), {self.plain: ("ratio", 1.1)}, ("ratio", 1.1))
 
     def parallel(self):
         rows = []
         for readers in (2, 8):
             variants = self.cold(lambda system: self.reader("sequential", system, readers),
-                                 [self.ours, self.block, self.kernel, self.peers[-1]])
+                                 [self.ours, self.kernel, self.peers[0]])
             bars = {self.kernel: ("ratio", 1.0)} if readers == 2 else {}
             rows += self.rows(f"{readers} readers, cold", variants, bars, unit="s", scale=1)
         return rows
@@ -320,7 +326,7 @@ class Bench:
     def random(self):
         cold = self.cold(lambda system: self.reader("random", system, COLD_READS))
         warm = self.warm(lambda system: self.reader("random", system, WARM_READS),
-                         lambda system: self.reader("sequential", system))
+                         self.read_all)
         return [
             *self.rows(f"{COLD_READS} random 4 KiB, cold", cold, {}),
             *self.rows(f"{WARM_READS} random 4 KiB, warm", warm, {self.plain: ("ratio", 1.1)}, ("ratio", 1.1)),

@@ -162,6 +162,15 @@ pub fn make_tree(root: &Path) {
 
 /// What a mounted or plain tree shows.
 pub fn of_folder(root: &Path) -> Tree {
+    look(root, true)
+}
+
+/// The same without xattrs.
+pub fn of_folder_without_xattrs(root: &Path) -> Tree {
+    look(root, false)
+}
+
+fn look(root: &Path, with_xattrs: bool) -> Tree {
     let mut tree = Tree::new();
     let mut todo = vec![PathBuf::new()];
     while let Some(relative) = todo.pop() {
@@ -176,6 +185,7 @@ pub fn of_folder(root: &Path) -> Tree {
         let len = match rustix::fs::llistxattr(&path, &mut names) {
             // The kernel's answer for an image without xattrs.
             Err(rustix::io::Errno::OPNOTSUPP) => 0,
+            _ if !with_xattrs => 0,
             len => len.unwrap(),
         };
         let xattrs = names[..len]
