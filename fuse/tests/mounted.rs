@@ -227,3 +227,37 @@ fn a_lazy_mount_lives_on_its_cache_when_source_and_server_are_gone() {
     assert_ne!(mount.server(), Some(first));
     mount.unmount();
 }
+
+#[test]
+fn block_mode_carries_the_kernels_own_driver_and_outlives_its_server() {
+    let Some(mount) = Mount::new(|image| vec!["--mode=block".into(), image.into()]) else {
+        return;
+    };
+    let bytes = mount.folder.join("image");
+    assert!(std::fs::read(&bytes).unwrap() == std::fs::read(&mount.image).unwrap());
+    let top = mount.dir.path().join("top");
+    std::fs::create_dir(&top).unwrap();
+    let options = ["-t", "squashfs", "-o", "ro,loop"].map(OsStr::new);
+    let places = [bytes.as_os_str(), top.as_os_str()];
+    common::run("mount", &[&options[..], &places].concat());
+    let server = mount.server().unwrap();
+    rustix::process::kill_process(server, rustix::process::Signal::KILL).unwrap();
+    let shown = std::panic::catch_unwind(|| common::of_folder(&top));
+    common::run("umount", &[top.as_os_str()]);
+    // The loop device closes its file a moment after its last user has gone.
+    let bound = Instant::now() + Duration::from_secs(20);
+    while loop_is_on(&bytes) && Instant::now() < bound {
+        std::thread::yield_now();
+    }
+    assert!(shown.unwrap() == mount.expected());
+    mount.unmount();
+}
+
+fn loop_is_on(file: &Path) -> bool {
+    std::fs::read_dir("/sys/block")
+        .unwrap()
+        .filter_map(|device| {
+            std::fs::read_to_string(device.ok()?.path().join("loop/backing_file")).ok()
+        })
+        .any(|backing| Path::new(backing.trim_end()) == file)
+}
