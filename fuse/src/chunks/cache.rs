@@ -177,6 +177,7 @@ impl Cache {
         let image = match file {
             Ok(image) => Arc::new(image),
             Err(source) => {
+                drop(inner);
                 let path = self.folder.display().to_string();
                 return Err(CacheError::Io { path, source });
             }

@@ -62,6 +62,16 @@ pub(super) struct Background {
     demand: AtomicUsize,
 }
 
+/// What came of a fetch ahead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Brought {
+    All,
+    /// No source had it in time.
+    NotYet,
+    /// There is no room for it: more would be thrown away too.
+    NotKept,
+}
+
 enum Work {
     Fetch(Range<u32>, Option<u64>),
     Wait(Duration),
@@ -163,16 +173,21 @@ impl Background {
             let wait = match self.next(&mut queue) {
                 Work::Fetch(run, plan) => {
                     drop(queue);
-                    let fetched = match store.upgrade() {
-                        Some(store) => store.bring_ahead(run),
-                        None => false,
+                    let brought = match store.upgrade() {
+                        Some(store) => store.bring_ahead(run.clone()),
+                        None => return,
                     };
                     queue = lock(&self.queue);
                     let plan = plan.and_then(|id| queue.plans.iter_mut().find(|p| p.id == id));
                     if let Some(plan) = plan {
                         plan.working -= 1;
-                        if !fetched {
-                            plan.next_at = Instant::now() + REST;
+                        match brought {
+                            Brought::All => {}
+                            Brought::NotYet => {
+                                plan.runs.push_front(run);
+                                plan.next_at = Instant::now() + REST;
+                            }
+                            Brought::NotKept => plan.runs.clear(),
                         }
                     }
                     idle_since = Instant::now();

@@ -22,7 +22,7 @@ use super::cache::Cache;
 use super::file::CacheFile;
 use super::flights::{Flights, Landings, Outcome};
 use super::gate::{self, Gate};
-use super::prefetch::{Background, Pace, everything};
+use super::prefetch::{Background, Brought, Pace, everything};
 use super::source::{SourceError, Sources};
 use super::trace::{Recorder, fetches};
 use super::tree::{Chunks, Sealed, Tree, TreeError};
@@ -377,8 +377,8 @@ impl ChunkStore {
         Outcome::Brought(bytes)
     }
 
-    /// Brings what is not here of some neighbours. `false` when it was not to be had, or cannot be kept.
-    pub(super) fn bring_ahead(&self, range: Range<u32>) -> bool {
+    /// Brings what is not here of some neighbours.
+    pub(super) fn bring_ahead(&self, range: Range<u32>) -> Brought {
         let until = Instant::now() + self.sources.patience();
         let mut at = range.start;
         while at < range.end {
@@ -390,13 +390,13 @@ impl ChunkStore {
             at = some.end;
             if let Err(error) = self.load(landings, &gate::AHEAD, until, None) {
                 tracing::info!(%error, "not fetched ahead");
-                return false;
+                return Brought::NotYet;
             }
             if !self.is_here(some.start) {
-                return false;
+                return Brought::NotKept;
             }
         }
-        true
+        Brought::All
     }
 
     /// A reader is about to read these bytes of data.
