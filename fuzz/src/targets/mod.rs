@@ -1,5 +1,6 @@
 //! The targets.
 
+mod blocks;
 mod decode;
 mod envelope;
 mod layers;
@@ -29,6 +30,7 @@ pub const ALL: &[Target] = &[
     layers::TARGET,
     merge::TARGET,
     squashfs::TARGET,
+    blocks::TARGET,
     manifest::TARGET,
     envelope::TARGET,
     reference::TARGET,
