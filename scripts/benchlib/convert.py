@@ -164,7 +164,7 @@ def site_in(folder):
     try:
         yield Site(Cluster("convert", "--nodes", "1"), folder / "convert")
     finally:
-        subprocess.run([CLUSTER, "down", "convert"], check=True)
+        subprocess.run([CLUSTER, "down", "--purge", "convert"], check=True)
 
 
 class Site:
