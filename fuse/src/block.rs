@@ -75,6 +75,10 @@ impl<S: ReadAt> FileSystem for BlockFs<S> {
             _ => return Err(Errno::STALE),
         }
         let len = self.size.saturating_sub(offset).min(buf.len() as u64) as usize;
+        // Beyond the end a source need not even be asked for nothing.
+        if len == 0 {
+            return Ok(0);
+        }
         self.source
             .read_exact_at(&mut buf[..len], offset)
             .map_err(|error| {
