@@ -1,5 +1,5 @@
 //! How much of the daemon its peers may take: connections at a time, in all and for one user or machine, bytes of a
-//! request, silence on a connection.
+//! request, silence on a connection, and slowness ([`super::pace`]). One request at a time on a connection: HTTP/1.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,6 +15,8 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep};
 
+use super::pace::{Pace, WINDOW};
+
 /// Largest request body, in bytes.
 pub const MAX_BODY: usize = 1 << 20;
 /// Connections at a time on one socket: four times the tasks of a large start.
@@ -23,6 +25,8 @@ const MAX_CONNECTIONS: usize = 8192;
 const MAX_OF_PEER: usize = MAX_CONNECTIONS / 4;
 /// A connection on which nothing moves for so long is closed: twice the longest poll. Events send keep-alives.
 const SILENCE: Duration = Duration::from_secs(120);
+/// How HTTP/2 begins (RFC 9113, section 3.4). There a peer holds many responses at once and takes nothing of them.
+const HTTP2: &[u8] = b"PRI * HTTP/2.0";
 
 /// A listener that takes a bounded number of connections; others wait in the kernel's queue.
 #[derive(Debug)]
@@ -100,6 +104,9 @@ impl<L> Limited<L> {
 pub struct Held<S> {
     stream: S,
     silence: Pin<Box<Sleep>>,
+    pace: Pace,
+    /// Bytes of [`HTTP2`] seen at the start; `None` when it begins otherwise.
+    http2: Option<usize>,
     _slot: Option<OwnedSemaphorePermit>,
     _place: Place,
 }
@@ -109,9 +116,26 @@ impl<S> Held<S> {
         Self {
             stream,
             silence: Box::pin(tokio::time::sleep(SILENCE)),
+            pace: Pace::new(WINDOW),
+            http2: Some(0),
             _slot: slot,
             _place: place,
         }
+    }
+
+    /// Whether what was read at first is the beginning of HTTP/2.
+    fn is_http2(&mut self, read: &[u8]) -> bool {
+        for byte in read {
+            match self.http2 {
+                Some(at) if HTTP2[at] == *byte => self.http2 = Some(at + 1),
+                Some(_) => self.http2 = None,
+                None => return false,
+            }
+            if self.http2 == Some(HTTP2.len()) {
+                return true;
+            }
+        }
+        false
     }
 
     /// Something moved, or nothing has for too long.
@@ -189,7 +213,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Held<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if self.is_http2(&buffer.filled()[before..]) {
+            return Poll::Ready(Err(io::ErrorKind::InvalidData.into()));
+        }
         self.judge(context, polled)
     }
 }
@@ -201,6 +229,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Held<S> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
+        let polled = self.pace.judge(context, polled);
         self.judge(context, polled)
     }
 
@@ -215,7 +244,55 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Held<S> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
     use super::*;
+    use crate::testbed::SOON;
+
+    fn held() -> (Held<UnixStream>, UnixStream) {
+        let (mine, peers) = UnixStream::pair().unwrap();
+        let place = Arc::new(Peers::default()).place(None).unwrap();
+        (Held::new(mine, None, place), peers)
+    }
+
+    #[tokio::test]
+    async fn who_takes_nothing_is_left_by_the_clock_and_who_takes_all_is_not() {
+        let (mut held, mut peer) = held();
+        held.pace = Pace::new(Duration::from_millis(50));
+        let much = vec![7u8; 4 << 20];
+        let sent = tokio::time::timeout(SOON, held.write_all(&much)).await;
+        let error = sent.unwrap().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        let (mut held, mut other) = self::held();
+        let read = async {
+            let mut all = vec![0u8; much.len()];
+            other.read_exact(&mut all).await.map(|_| all)
+        };
+        let (sent, read) = tokio::join!(held.write_all(&much), read);
+        sent.unwrap();
+        assert_eq!(read.unwrap(), much);
+        drop(held);
+        assert_eq!(other.read(&mut [0]).await.unwrap(), 0);
+        assert_ne!(peer.read(&mut [0]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn only_http_1_is_spoken() {
+        for (parts, fine) in [
+            (&["GET / HTTP/1.1\r\n"][..], true),
+            (&["P", "RI / HTTP/1.1\r\n", "PRI * HTTP/2.0"], true),
+            (&["PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], false),
+            (&["PRI", " * HTTP/2", ".0"], false),
+        ] {
+            let (mut held, mut peer) = held();
+            let mut read = Ok(0);
+            for part in parts {
+                peer.write_all(part.as_bytes()).await.unwrap();
+                read = held.read(&mut [0; 100]).await;
+            }
+            assert_eq!(read.is_ok(), fine, "{parts:?}");
+        }
+    }
 
     #[test]
     fn one_peer_gets_a_share_and_gives_it_back() {

@@ -11,6 +11,7 @@ mod health;
 mod image_tests;
 mod images;
 mod limit;
+mod pace;
 mod pins;
 mod pulls;
 mod readers;
