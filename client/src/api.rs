@@ -172,7 +172,7 @@ pub struct Grant {
 /// Answer of `PUT /v1/images/{digest}/trace`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct TraceKept {
-    /// `false`: there is one already, which only an admin replaces.
+    /// `false`: there is one already. An admin replaces any, another user one of a user's that is older than a day.
     pub kept: bool,
 }
 

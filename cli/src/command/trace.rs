@@ -51,7 +51,8 @@ fn send(
     let answer = client.put_trace(digest, &record.platform, &trace.to_json())?;
     if !answer.kept {
         let message = format!("{} has a trace already", digest.short());
-        return Err(Failure::new(OTHER, message).hint("only an admin replaces it"));
+        return Err(Failure::new(OTHER, message)
+            .hint("an admin may replace it; another user, once it is a day old and no admin's"));
     }
     match context.json {
         true => output::json(&json!({ "digest": digest, "bytes": trace.bytes() })),

@@ -116,6 +116,19 @@ async fn a_grant_opens_one_image_to_who_has_it_and_a_restricted_one_to_those_who
         let path = format!("/v1/images/{other}/{what}");
         assert_eq!(get(&router, &path, &[]).await.0, 404, "{what}");
     }
+    // Nor is he told what there is; root is.
+    let detail = format!("/v1/images/{other}");
+    let listed = |uid: u32| {
+        let router = as_uid(&app, uid);
+        async move {
+            let text = String::from_utf8(get(&router, "/v1/images", &[]).await.2).unwrap();
+            [digest, other].map(|digest| text.contains(&digest.to_string()))
+        }
+    };
+    assert_eq!(get(&router, &detail, &[]).await.0, 404);
+    assert_eq!(listed(1000).await, [true, false]);
+    assert_eq!(get(&as_uid(&app, 0), &detail, &[]).await.0, 200);
+    assert_eq!(listed(0).await, [true, true]);
     let platform = Platform::host();
     let asked = tokio::task::spawn_blocking(move || {
         let client = Client::unix(&socket);
@@ -154,12 +167,13 @@ async fn a_grant_opens_one_image_to_who_has_it_and_a_restricted_one_to_those_who
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_first_trace_stays_until_an_admin_sends_another() {
+async fn a_trace_stays_for_a_day_and_an_admins_until_an_admin_sends_another() {
     let site = Site::new("[daemon]\nadmin_uids = [500]\n");
     let registry = TestRegistry::start().await;
     let app = site.daemon().await;
     let (digest, _) = image(&app, &registry, "a/b").await;
     let (user, admin) = (as_uid(&app, 1000), as_uid(&app, 500));
+    let another = as_uid(&app, 1001);
     let path = format!("/v1/images/{digest}/trace");
     assert_eq!(ask(&user, "GET", &path, "").await.0, StatusCode::NOT_FOUND);
     let root = *digest.as_bytes();
@@ -170,6 +184,23 @@ async fn the_first_trace_stays_until_an_admin_sends_another() {
     let (one, none) = (trace(&root, 4096, Some(0)), trace(&root, 4096, None));
     let kept = |body: Vec<u8>| serde_json::from_slice::<TraceKept>(&body).unwrap().kept;
     assert!(kept(ask(&user, "PUT", &path, &one).await.1));
+    for who in [&user, &another] {
+        assert!(!kept(ask(who, "PUT", &path, &none).await.1));
+    }
+    assert_eq!(ask(&user, "GET", &path, "").await.1, one.as_bytes());
+    let dir = std::fs::read_dir(&app.serving.traces).unwrap();
+    let file = dir.map(|e| e.unwrap().path()).next().unwrap();
+    let age = || {
+        let then = std::time::SystemTime::now() - std::time::Duration::from_secs(25 * 3600);
+        let file = std::fs::File::options().write(true).open(&file).unwrap();
+        file.set_modified(then).unwrap();
+    };
+    age();
+    assert!(!kept(ask(&user, "PUT", &path, &none).await.1));
+    assert!(kept(ask(&another, "PUT", &path, &none).await.1));
+    assert!(!kept(ask(&user, "PUT", &path, &one).await.1));
+    assert!(kept(ask(&admin, "PUT", &path, &one).await.1));
+    age();
     assert!(!kept(ask(&user, "PUT", &path, &none).await.1));
     assert_eq!(ask(&user, "GET", &path, "").await.1, one.as_bytes());
     assert!(kept(ask(&admin, "PUT", &path, &none).await.1));
@@ -182,11 +213,12 @@ async fn the_first_trace_stays_until_an_admin_sends_another() {
         assert_eq!(status, StatusCode::BAD_REQUEST, "{wrong}");
     }
     // What lies there of an earlier conversion is no trace, and gives way.
-    let dir = std::fs::read_dir(&app.serving.traces).unwrap();
-    let file = dir.map(|e| e.unwrap().path()).next().unwrap();
-    std::fs::write(&file, foreign).unwrap();
-    assert_eq!(ask(&user, "GET", &path, "").await.0, StatusCode::NOT_FOUND);
-    assert!(kept(ask(&user, "PUT", &path, &one).await.1));
+    let of_earlier = format!(r#"{{"uid":0,"by_admin":true,"trace":{foreign}}}"#);
+    for text in [of_earlier, foreign] {
+        std::fs::write(&file, text).unwrap();
+        assert_eq!(ask(&user, "GET", &path, "").await.0, StatusCode::NOT_FOUND);
+        assert!(kept(ask(&user, "PUT", &path, &one).await.1));
+    }
     let image = format!("/v1/images/{digest}");
     assert_eq!(
         ask(&admin, "DELETE", &image, "").await.0,

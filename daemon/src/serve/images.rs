@@ -1,4 +1,4 @@
-//! `/v1/images`: what is in the store.
+//! `/v1/images`: what is in the store. An image that the caller may not read is, for him, not there.
 
 use std::sync::Arc;
 
@@ -9,15 +9,21 @@ use berth_client::api::{ErrorAnswer, ErrorKind, Image, ImageDetail};
 use berth_image::Digest;
 
 use super::error::ApiError;
-use super::{Answer, App, Caller, traces};
+use super::{Answer, App, Caller, readers, traces};
 use crate::catalogue::ImageRow;
 use crate::collect;
 
-/// All images in the store.
+/// All images in the store that the caller may read.
 #[utoipa::path(get, path = "/v1/images", tag = "images", responses((status = 200, body = Vec<Image>)))]
-pub(super) async fn list(State(app): State<Arc<App>>) -> Answer<Vec<Image>> {
+pub(super) async fn list(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+) -> Answer<Vec<Image>> {
     let mut images = Vec::new();
     for row in app.catalogue.images().await? {
+        if !readers::may_read(&app, &caller, &row).await? {
+            continue;
+        }
         images.push(describe(&app, &row).await?);
     }
     Ok(Json(images))
@@ -33,9 +39,10 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Answer<Vec<Image>> {
 )]
 pub(super) async fn get(
     State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
     Path(digest): Path<String>,
 ) -> Answer<ImageDetail> {
-    let row = rows(&app, &digest).await?.swap_remove(0);
+    let row = rows(&app, &caller, &digest).await?.swap_remove(0);
     Ok(Json(ImageDetail {
         image: describe(&app, &row).await?,
         record: serde_json::from_str(&row.record)
@@ -64,7 +71,7 @@ pub(super) async fn remove(
         refusal.0.hint = Some("[daemon] admin_uids names them, besides root".into());
         return Err(refusal);
     }
-    for row in rows(&app, &digest).await? {
+    for row in rows(&app, &caller, &digest).await? {
         collect::remove(&app.sealer, &app.catalogue, &row).await?;
         traces::forget(&app, &row.manifest, &row.platform);
         tracing::info!(uid = caller.uid, digest = %row.manifest, "removed");
@@ -72,14 +79,19 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// The images of a digest, at least one.
-async fn rows(app: &App, digest: &str) -> Result<Vec<ImageRow>, ApiError> {
+/// The images of a digest that the caller may read, at least one.
+async fn rows(app: &App, caller: &Caller, digest: &str) -> Result<Vec<ImageRow>, ApiError> {
     let digest: Digest = digest
         .parse()
         .map_err(|e: berth_image::digest::DigestError| {
             ApiError::new(ErrorKind::BadRequest, e.to_string())
         })?;
-    let rows = app.catalogue.images_of(&digest).await?;
+    let mut rows = Vec::new();
+    for row in app.catalogue.images_of(&digest).await? {
+        if readers::may_read(app, caller, &row).await? {
+            rows.push(row);
+        }
+    }
     if rows.is_empty() {
         let message = format!("image {digest} is not in the store");
         return Err(ApiError::new(ErrorKind::NotFound, message));

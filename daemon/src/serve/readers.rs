@@ -70,6 +70,21 @@ pub(super) async fn readable(
     })
 }
 
+/// Whether the caller may read the image, or is an admin.
+pub(super) async fn may_read(app: &App, caller: &Caller, row: &ImageRow) -> Result<bool, ApiError> {
+    if caller.is_admin {
+        return Ok(true);
+    }
+    let right = app.serving.answers.right(&row.path, caller.uid).await?;
+    Ok(right != Right::No)
+}
+
+/// A file that is not there, or that the daemon itself may not look at, is nobody's.
+fn hidden(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{NotFound, PermissionDenied};
+    matches!(error.kind(), NotFound | PermissionDenied)
+}
+
 impl Answers {
     async fn right(&self, path: &str, uid: u32) -> Result<Right, ApiError> {
         let key = (PathBuf::from(path), uid);
@@ -82,7 +97,7 @@ impl Answers {
         let looked = tokio::task::spawn_blocking(move || look(&path, uid)).await;
         let right = match looked {
             Ok(Ok(right)) => right,
-            Ok(Err(e)) if e.kind() == std::io::ErrorKind::NotFound => Right::No,
+            Ok(Err(e)) if hidden(&e) => Right::No,
             Ok(Err(e)) => return Err(ApiError::new(ErrorKind::StoreUnavailable, e.to_string())),
             Err(e) => return Err(ApiError::new(ErrorKind::Internal, e.to_string())),
         };

@@ -1,11 +1,14 @@
 //! `/v1/images/{digest}/trace`: which chunks of an image a start touches (docs/FORMATS.md, "Traces").
 //!
 //! Traces lie in the daemon's state folder, not in the store, where only the sealer writes: they are hints that users
-//! made, and nothing is lost with them. The first one that a user sends stays; an admin's replaces it.
+//! made, and nothing is lost with them. The one that a user sends stays for a day, so that nodes that start the same
+//! image do not take turns; then another user's may take its place, so that a useless one does not stay for ever. An
+//! admin's replaces any, and only an admin's replaces it.
 
 use std::io::{self, Read as _, Write as _};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
@@ -16,6 +19,7 @@ use berth_client::api::{ErrorAnswer, ErrorKind, TraceKept};
 use berth_image::record::DataFile;
 use berth_image::trace::{MAX_TRACE, Trace};
 use berth_image::{Digest, Platform};
+use serde::{Deserialize, Serialize};
 
 use super::data::{Which, wanted};
 use super::error::ApiError;
@@ -24,6 +28,16 @@ use super::{Answer, App, Caller};
 
 /// Most traces kept; of more images than that the daemon has none.
 const MOST: usize = 20_000;
+/// How long a user's trace stays, whatever others send.
+const STAYS: Duration = Duration::from_secs(24 * 3600);
+
+/// A trace as it lies in its file, whose time of change is when it was kept.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    uid: u32,
+    by_admin: bool,
+    trace: serde_json::Value,
+}
 
 fn path(app: &App, manifest: &Digest, platform: &Platform) -> PathBuf {
     let name = format!("{}-{}.json", manifest.hex(), platform.dashed());
@@ -57,7 +71,7 @@ pub(super) async fn get(
         .await
         .map_err(|e| ApiError::new(ErrorKind::Internal, e.to_string()))?;
     match read {
-        Ok(trace) => {
+        Ok((_, trace)) => {
             let json = [(header::CONTENT_TYPE, "application/json")];
             Ok((json, trace.to_json()).into_response())
         }
@@ -94,9 +108,9 @@ pub(super) async fn put(
     let trace = Trace::from_json(&file.verity_root, file.hash_offset, &text)
         .map_err(|e| ApiError::new(ErrorKind::BadRequest, e.to_string()))?;
     let path = path(&app, &image.row.manifest, &image.row.platform);
-    let kept = tokio::task::spawn_blocking(move || {
-        let replace = caller.is_admin || read(&path, &file).is_err();
-        keep(&path, &trace, replace)
+    let kept = tokio::task::spawn_blocking(move || match read(&path, &file) {
+        Ok((before, _)) if !may_replace(&before, age(&path)?, &caller) => Ok(false),
+        _ => keep(&path, &trace, &caller),
     });
     let kept = kept
         .await
@@ -109,25 +123,48 @@ pub(super) async fn put(
     Ok(Json(TraceKept { kept }))
 }
 
-/// The trace that is kept, if it is one of this file: of an earlier conversion it would be another's.
-fn read(path: &std::path::Path, file: &DataFile) -> io::Result<Trace> {
-    let mut text = Vec::new();
-    let opened = std::fs::File::open(path)?;
-    opened.take(MAX_TRACE as u64 + 1).read_to_end(&mut text)?;
-    Trace::from_json(&file.verity_root, file.hash_offset, &text).map_err(io::Error::other)
+/// Whether a trace so old gives way to the caller's.
+fn may_replace(before: &Kept, age: Duration, caller: &Caller) -> bool {
+    // Its own user's does not: it would stay for another day.
+    caller.is_admin || !before.by_admin && before.uid != caller.uid && age >= STAYS
 }
 
-/// Writes a trace whole or not at all. `false` when there is one already, or too many.
-fn keep(path: &std::path::Path, trace: &Trace, replace: bool) -> io::Result<bool> {
+fn age(path: &std::path::Path) -> io::Result<Duration> {
+    // Zero when the clock was put back.
+    Ok(std::fs::metadata(path)?
+        .modified()?
+        .elapsed()
+        .unwrap_or_default())
+}
+
+/// The trace that is kept, if it is one of this file: of an earlier conversion it would be another's.
+fn read(path: &std::path::Path, file: &DataFile) -> io::Result<(Kept, Trace)> {
+    let mut text = Vec::new();
+    let opened = std::fs::File::open(path)?;
+    opened.take(2 * MAX_TRACE as u64).read_to_end(&mut text)?;
+    let kept: Kept = serde_json::from_slice(&text)?;
+    let trace = kept.trace.to_string();
+    let trace = Trace::from_json(&file.verity_root, file.hash_offset, trace.as_bytes());
+    Ok((kept, trace.map_err(io::Error::other)?))
+}
+
+/// Writes a trace whole or not at all. `false` when there are too many.
+fn keep(path: &std::path::Path, trace: &Trace, caller: &Caller) -> io::Result<bool> {
     let folder = path.parent().unwrap_or(std::path::Path::new("."));
-    if !replace || std::fs::read_dir(folder)?.count() >= MOST {
+    if std::fs::read_dir(folder)?.count() >= MOST {
         return Ok(false);
     }
+    let kept = Kept {
+        uid: caller.uid,
+        by_admin: caller.is_admin,
+        trace: serde_json::from_str(&trace.to_json())?,
+    };
+    let kept = serde_json::to_vec(&kept)?;
     let mut random = [0u8; 8];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
     let new = folder.join(format!("{:016x}.new", u64::from_le_bytes(random)));
     let written = std::fs::File::create_new(&new)
-        .and_then(|mut file| file.write_all(trace.to_json().as_bytes()))
+        .and_then(|mut file| file.write_all(&kept))
         .and_then(|()| std::fs::rename(&new, path));
     if written.is_err() {
         let _ = std::fs::remove_file(&new);
