@@ -141,7 +141,9 @@ impl Config {
             "must be an absolute path",
         );
         wrong(
-            service.user.is_empty() || service.user == "root" || service.user == "0",
+            service.user.is_empty()
+                || service.user == "root"
+                || service.user.parse::<u32>() == Ok(0),
             "node.service.user",
             "must be a user of its own, not root",
         );

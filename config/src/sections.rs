@@ -214,7 +214,8 @@ pub enum MountMode {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct NodeService {
-    /// Default `/run/berth-node/node.sock`, in a folder that only root can change.
+    /// Default `/run/berth-node/node.sock`, in a folder that only root can change. Root's requests go by one of their own
+    /// beside it, with `.root` added to the name.
     pub socket: PathBuf,
     /// Seconds that a mount stays after its last job; 0 keeps none. Default 600.
     pub keep_s: u64,

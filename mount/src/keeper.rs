@@ -5,6 +5,9 @@
 //! and the user's right to it. A connection over which a mount was given counts as the mount's use until it is closed;
 //! nothing is lost when it is closed early, only the idle time begins.
 //!
+//! It listens at two sockets: users connect to the configured one, root to [`root_socket`] beside it, where no user can
+//! stand in the way.
+//!
 //! Nobody needs the service: whoever finds it [absent](KeeperError::Absent) mounts by itself.
 
 use std::io;
@@ -265,6 +268,24 @@ pub fn ask(
     }
 }
 
+/// Root's own way to the service at `socket`, beside it: `node.sock.root`.
+pub fn root_socket(socket: &Path) -> PathBuf {
+    let mut name = socket.as_os_str().to_owned();
+    name.push(".root");
+    name.into()
+}
+
+/// Root goes by its own socket, unless it is root of a user namespace only.
+fn connect(socket: &Path, deadline: Instant) -> io::Result<Packets> {
+    if rustix::process::geteuid().is_root() {
+        match Packets::connect(&root_socket(socket), deadline) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            other => return other,
+        }
+    }
+    Packets::connect(socket, deadline)
+}
+
 fn exchange(
     socket: &Path,
     request: &Request,
@@ -279,7 +300,7 @@ fn exchange(
         io::ErrorKind::TimedOut => KeeperError::Slow,
         _ => absent(error.to_string()),
     };
-    let packets = Packets::connect(socket).map_err(of_io)?;
+    let packets = connect(socket, deadline).map_err(of_io)?;
     let bytes = encode(request).map_err(of_io)?;
     let descriptors = image.as_slice();
     packets.send(&bytes, descriptors, deadline).map_err(of_io)?;

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{CWD, Mode, OFlags};
@@ -20,6 +21,9 @@ use rustix::mount::{
 use serde::{Deserialize, Serialize};
 
 use crate::setup::Failure;
+
+/// How long the thread in there may take: it never waits for a filesystem, so this is for its bugs.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A mount in the den, by its folder's number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -51,6 +55,7 @@ impl Den {
     pub(crate) fn new(folder: &Path, old: Option<Old>) -> Result<Self, Failure> {
         let (orders, inbox) = channel();
         let (ready, made) = channel();
+        let (last, end) = channel();
         let folder = folder.to_owned();
         let thread = std::thread::Builder::new().name("den".into());
         thread
@@ -60,15 +65,20 @@ impl Den {
                 let links = rustix::fs::open("/proc/thread-self/ns", flags, Mode::empty());
                 let links = links.map_err(|e| ("look at /proc", e));
                 let (entered, next) = match old {
-                    Some(old) => (enter_old(&old), next_after(&old)),
+                    Some(old) => (enter_old(&old, &last), next_after(&old)),
                     None => (enter(&folder), 0),
                 };
                 let well = entered.is_ok();
                 let _ = ready.send(entered.and_then(|()| own_namespace(&links?)));
                 if well {
-                    obey(&inbox, next);
+                    obey(&inbox, next, &last);
                 }
             })
+            .map_err(|e| Failure::system("cannot start a thread", e))?;
+        // Whoever lets go of a mount last takes its filesystem down, which may wait: nobody waits for this one.
+        let lets_go = std::thread::Builder::new().name("let-go".into());
+        lets_go
+            .spawn(move || end.into_iter().for_each(drop::<OwnedFd>))
             .map_err(|e| Failure::system("cannot start a thread", e))?;
         match made.recv() {
             Ok(Ok(namespace)) => Ok(Self { orders, namespace }),
@@ -84,14 +94,18 @@ impl Den {
     pub(crate) fn put(&self, mount: OwnedFd) -> Result<Berth, Errno> {
         let (answer, answered) = channel();
         let _ = self.orders.send(Order::Put(mount, answer));
-        answered.recv().unwrap_or(Err(Errno::SRCH))
+        answered
+            .recv_timeout(PATIENCE)
+            .unwrap_or(Err(Errno::TIMEDOUT))
     }
 
     /// One more detached mount of the same.
     pub(crate) fn clone_of(&self, berth: Berth) -> Result<OwnedFd, Errno> {
         let (answer, answered) = channel();
         let _ = self.orders.send(Order::Clone(berth, answer));
-        answered.recv().unwrap_or(Err(Errno::SRCH))
+        answered
+            .recv_timeout(PATIENCE)
+            .unwrap_or(Err(Errno::TIMEDOUT))
     }
 
     /// Lets go of it; clones stay.
@@ -116,7 +130,7 @@ fn enter(folder: &Path) -> Result<(), (&'static str, Errno)> {
 }
 
 /// Moves this thread into a namespace of an earlier keeper's, and lets go of what nobody knows any more.
-fn enter_old(old: &Old) -> Result<(), (&'static str, Errno)> {
+fn enter_old(old: &Old, last: &Sender<OwnedFd>) -> Result<(), (&'static str, Errno)> {
     let nix = |step: &'static str| move |e: nix::Error| (step, Errno::from_raw_os_error(e as i32));
     unshare(CloneFlags::CLONE_FS).map_err(nix("unshare"))?;
     setns(&old.namespace, CloneFlags::CLONE_NEWNS).map_err(nix("setns"))?;
@@ -130,7 +144,7 @@ fn enter_old(old: &Old) -> Result<(), (&'static str, Errno)> {
             .map(Berth)
             .filter(|berth| !old.berths.contains(berth))
         {
-            drop_berth(berth);
+            drop_berth(berth, last);
         }
     }
     Ok(())
@@ -146,19 +160,24 @@ fn own_namespace(links: &OwnedFd) -> Result<OwnedFd, (&'static str, Errno)> {
     rustix::fs::openat(links, c"mnt", flags, Mode::empty()).map_err(|e| ("open", e))
 }
 
-fn obey(inbox: &Receiver<Order>, mut next: u64) {
+fn obey(inbox: &Receiver<Order>, mut next: u64, last: &Sender<OwnedFd>) {
     for order in inbox {
         match order {
             Order::Put(mount, answer) => {
                 let berth = Berth(next);
                 next += 1;
-                let _ = answer.send(put(&mount, &folder(berth)).map(|()| berth));
+                let done = put(&mount, &folder(berth)).map(|()| berth);
+                if answer.send(done).is_err() {
+                    drop_berth(berth, last);
+                }
+                // Where it was not hung up this was the last of it.
+                let _ = last.send(mount);
             }
             Order::Clone(berth, answer) => {
                 let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
                 let _ = answer.send(open_tree(CWD, folder(berth), flags));
             }
-            Order::Drop(berth) => drop_berth(berth),
+            Order::Drop(berth) => drop_berth(berth, last),
         }
     }
 }
@@ -167,8 +186,14 @@ fn folder(Berth(number): Berth) -> String {
     format!("/{number}")
 }
 
-fn drop_berth(berth: Berth) {
+/// Takes it out of the namespace, and leaves the end of its filesystem to another thread.
+fn drop_berth(berth: Berth, last: &Sender<OwnedFd>) {
     let folder = folder(berth);
+    // A reference and no more: its filesystem is not asked.
+    let flags = OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if let Ok(mount) = open_tree(CWD, &folder, flags) {
+        let _ = last.send(mount);
+    }
     let _ = unmount(&folder, UnmountFlags::DETACH);
     let _ = rustix::fs::rmdir(&folder);
 }

@@ -186,12 +186,15 @@ impl Server {
             image,
             opened: None,
         };
-        if let Some(link) = state.link.clone() {
-            // A failure is the server's end, which the thread that listens to it sees too.
-            let _ = connection.send(&link);
-        }
+        let parcel = state.link.clone().zip(connection.parcel().ok());
         state.connections.insert(id, connection);
         self.changed.notify_all();
+        if let Some((link, parcel)) = parcel {
+            drop(state);
+            // A failure is the server's end, which the thread that listens to it sees too.
+            let _ = parcel.send(&link);
+            state = self.state();
+        }
         let deadline = Instant::now() + OPENING;
         loop {
             let opened = state.connections.get(&id).map(|c| c.opened.clone());
@@ -272,17 +275,16 @@ impl Server {
         if let Some(pid) = pid {
             self.shelf.put("server", pid);
         }
-        let mut sent = true;
-        {
+        let parcels: io::Result<Vec<Parcel>> = {
             let mut state = self.state();
             state.link = Some(Arc::clone(&link));
             state.pid = Some(child.id());
-            for connection in state.connections.values() {
-                sent &= connection.send(&link).is_ok();
-            }
-        }
-        if sent {
-            self.listen(&link, ended);
+            state.connections.values().map(Connection::parcel).collect()
+        };
+        let sent = parcels.and_then(|all| all.iter().try_for_each(|parcel| parcel.send(&link)));
+        match sent {
+            Ok(()) => self.listen(&link, ended),
+            Err(error) => tracing::error!(%error, "cannot tell the server what to serve"),
         }
         let stopping = {
             let mut state = self.state();
@@ -336,8 +338,8 @@ impl Server {
     fn listen(&self, link: &Packets, ended: &Ended) {
         let mut asked = None;
         loop {
-            let packet = match link.receive(Some(Instant::now() + ROUND)) {
-                Ok(Some(packet)) => packet,
+            let bytes = match link.receive_bytes(Some(Instant::now() + ROUND)) {
+                Ok(Some(bytes)) => bytes,
                 Ok(None) => return,
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => {
                     if asked.is_some_and(|asked: Instant| asked.elapsed() > ROUND) {
@@ -355,7 +357,7 @@ impl Server {
                     return;
                 }
             };
-            let report = match decode::<Report>(&packet.bytes) {
+            let report = match decode::<Report>(&bytes) {
                 Ok(report) => report,
                 Err(why) => {
                     tracing::error!(why, "of the server");
@@ -427,11 +429,14 @@ impl Server {
 
     /// The state with the server's figures of now, where it answers in time.
     fn standing(&self) -> MutexGuard<'_, State> {
+        let link = {
+            let mut state = self.state();
+            state.metrics.clear();
+            state.link.clone()
+        };
+        let asked = link.filter(|link| self.ask(link).is_ok());
         let mut state = self.state();
-        state.metrics.clear();
-        if let Some(link) = state.link.clone()
-            && self.ask(&link).is_ok()
-        {
+        if let Some(link) = asked {
             let deadline = Instant::now() + TELLING;
             // Another server was not asked.
             let same = |state: &State| state.link.as_ref().is_some_and(|l| Arc::ptr_eq(l, &link));
@@ -475,18 +480,38 @@ impl Connection {
         shelf.describe(&name("served", id), &self.served);
     }
 
+    /// For the server, to be sent when no lock is held.
+    fn parcel(&self) -> io::Result<Parcel> {
+        let mut descriptors = vec![self.device.try_clone()?, self.memory.try_clone()?];
+        if let Some(image) = &self.image {
+            descriptors.push(image.try_clone()?);
+        }
+        Ok(Parcel {
+            order: encode(&Order::Serve(self.served.clone()))?,
+            descriptors,
+        })
+    }
+}
+
+/// An order and its descriptors.
+struct Parcel {
+    order: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Parcel {
     fn send(&self, link: &Packets) -> io::Result<()> {
-        let order = encode(&Order::Serve(self.served.clone()))?;
-        let mut descriptors: Vec<BorrowedFd<'_>> = vec![self.device.as_fd(), self.memory.as_fd()];
-        descriptors.extend(self.image.as_ref().map(|image| image.as_fd()));
-        link.send(&order, &descriptors, Instant::now() + SAYING)
+        let descriptors: Vec<BorrowedFd<'_>> = self.descriptors.iter().map(AsFd::as_fd).collect();
+        link.send(&self.order, &descriptors, Instant::now() + SAYING)
     }
 }
 
 /// A name, or a number that needs no entry.
 fn user(name: &str) -> Result<(u32, u32), String> {
-    if let Ok(number) = name.parse::<u32>() {
-        return Ok((number, number));
+    match name.parse::<u32>() {
+        Ok(0) => return Err(format!("the user `{name}` is root")),
+        Ok(number) => return Ok((number, number)),
+        Err(_) => {}
     }
     match User::from_name(name) {
         Ok(Some(user)) if !user.uid.is_root() => Ok((user.uid.as_raw(), user.gid.as_raw())),
@@ -508,4 +533,15 @@ fn own_folder(path: &Path, uid: u32, gid: u32) -> io::Result<()> {
     fchmod(&folder, Mode::from(0o700))?;
     fchown(&folder, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn root_does_not_serve_images_however_it_is_written() {
+        for name in ["0", "00", "+0", "root"] {
+            assert!(super::user(name).is_err(), "{name}");
+        }
+        assert_eq!(super::user("64304"), Ok((64304, 64304)));
+    }
 }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use berth_config::NodeService;
-use berth_mount::keeper::{Answer, How, Request, decode, encode};
+use berth_mount::keeper::{Answer, How, Request, decode, encode, root_socket};
 use berth_mount::packets::{Packet, Packets};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode as Bits;
@@ -37,9 +37,12 @@ use crate::table::{Limits, Table};
 
 /// How long a client may take to say what it wants, and to take its answer.
 const SAYING: Duration = Duration::from_secs(5);
-/// Requests in work at a time: root's, and each user's.
+/// Requests in work at a time: root's, each user's, and all users' together.
 const ROOTS: usize = 256;
 const USERS: usize = 4;
+const ALL_USERS: usize = 32;
+/// Connections taken from one socket before anything else is looked at again.
+const A_TURN: usize = 64;
 
 /// A mount in the den.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -92,6 +95,21 @@ struct State {
 }
 
 impl State {
+    /// Whether one more request of this user is served now; [`Service::done`] when it has been.
+    fn admit(&mut self, uid: u32) -> bool {
+        let users = self.working.iter().filter(|(uid, _)| **uid != 0);
+        let users: usize = users.map(|(_, working)| working).sum();
+        let mine = self.working.get(&uid).copied().unwrap_or_default();
+        let room = match uid {
+            0 => mine < ROOTS,
+            _ => mine < USERS && users < ALL_USERS,
+        };
+        if room {
+            self.working.insert(uid, mine + 1);
+        }
+        room
+    }
+
     fn release(&mut self, of: &Use, now: Instant) {
         let same = |kept: &Kept| kept.berth == of.berth;
         self.table.release(&of.key, same, now);
@@ -127,7 +145,8 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
     )?);
     let places = Places::new(&prepared.config.node.run_dir)?;
     let finder = Finder::new(&prepared.path)?;
-    let listener = listen_at(&socket)?;
+    let roots = root_socket(&socket);
+    let listeners = [listen_at(&roots, 0o600)?, listen_at(&socket, 0o666)?];
     let service = Arc::new(Service {
         prepared,
         den,
@@ -155,11 +174,12 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
     (serving.spawn(move || life.run(&move |id| hears.served_no_more(id))))
         .map_err(|e| Failure::system("cannot start a thread", e))?;
     service.shelf.ready();
-    while service.turn(&listener)? {}
+    while service.turn(&listeners)? {}
     server.leave();
     service.places.clear();
     // Who connects from now on mounts without us.
     let _ = std::fs::remove_file(&socket);
+    let _ = std::fs::remove_file(&roots);
     tracing::info!("stopped");
     Ok(())
 }
@@ -211,16 +231,16 @@ fn raise_descriptors() {
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
-/// Everybody may connect; who it is decides what is answered. An old socket in the way is replaced: the lock says that
-/// nobody serves it.
-fn listen_at(path: &Path) -> Result<OwnedFd, Failure> {
+/// `mode` says who may connect; who it is decides what is answered. An old socket in the way is replaced: the lock says
+/// that nobody serves it.
+fn listen_at(path: &Path, mode: u32) -> Result<OwnedFd, Failure> {
     let part = path.with_extension("new");
     let _ = std::fs::remove_file(&part);
     let made = || -> Result<OwnedFd, Errno> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         bind(&socket, &SocketAddrUnix::new(&part)?)?;
-        rustix::fs::chmod(&part, Bits::from(0o666))?;
+        rustix::fs::chmod(&part, Bits::from(mode))?;
         listen(&socket, 128)?;
         rustix::fs::rename(&part, path)?;
         Ok(socket)
@@ -234,7 +254,7 @@ impl Service {
     }
 
     /// Waits for one round of events and deals with them; false at the end.
-    fn turn(self: &Arc<Self>, listener: &OwnedFd) -> Result<bool, Failure> {
+    fn turn(self: &Arc<Self>, listeners: &[OwnedFd; 2]) -> Result<bool, Failure> {
         let (leases, timeout) = {
             let mut state = self.state();
             self.let_go(&mut state);
@@ -247,7 +267,8 @@ impl Service {
         let timeout = timeout.and_then(|t| Timespec::try_from(t + Duration::from_millis(1)).ok());
         let mut fds = vec![
             PollFd::new(&self.bell.read, PollFlags::IN),
-            PollFd::new(listener, PollFlags::IN),
+            PollFd::new(&listeners[0], PollFlags::IN),
+            PollFd::new(&listeners[1], PollFlags::IN),
         ];
         let of_leases = leases
             .iter()
@@ -257,7 +278,7 @@ impl Service {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(Failure::system("poll", errno)),
         }
-        let ended: Vec<&Arc<Lease>> = (fds[2..].iter().zip(&leases))
+        let ended: Vec<&Arc<Lease>> = (fds[3..].iter().zip(&leases))
             .filter(|(fd, _)| !fd.revents().is_empty())
             .map(|(_, lease)| lease)
             .collect();
@@ -269,14 +290,17 @@ impl Service {
                 state.release(&lease.of, now);
             }
         }
-        if !fds[1].revents().is_empty() {
-            self.accept(listener);
+        // Root's requests go before users'.
+        for (fd, listener) in fds[1..3].iter().zip(listeners) {
+            if !fd.revents().is_empty() {
+                self.accept(listener);
+            }
         }
         Ok(!self.bell.drain().contains(&Told::Stop))
     }
 
     fn accept(self: &Arc<Self>, listener: &OwnedFd) {
-        loop {
+        for _ in 0..A_TURN {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let connection = match accept_with(listener, flags) {
                 Ok(connection) => connection,
@@ -292,14 +316,9 @@ impl Service {
             let Ok(peer) = peer::of(&connection) else {
                 continue;
             };
-            {
-                let mut state = self.state();
-                let working = state.working.entry(peer.uid).or_default();
-                // Hung up on: root's runtime mounts by itself, a user's program says that the service is busy.
-                if *working >= if peer.uid == 0 { ROOTS } else { USERS } {
-                    continue;
-                }
-                *working += 1;
+            // Hung up on: root's runtime mounts by itself, a user's program says that the service is busy.
+            if !self.state().admit(peer.uid) {
+                continue;
             }
             let service = Arc::clone(self);
             let uid = peer.uid;
@@ -329,10 +348,19 @@ impl Service {
 
     /// One request and its answer.
     fn serve(&self, connection: Packets, peer: &Peer) {
-        let Ok(Some(packet)) = connection.receive(Some(Instant::now() + SAYING)) else {
+        let deadline = Some(Instant::now() + SAYING);
+        let received = match peer.uid {
+            0 => connection.receive(deadline),
+            _ => (connection.receive_bytes(deadline)).map(|bytes| {
+                bytes.map(|bytes| Packet {
+                    bytes,
+                    descriptors: Vec::new(),
+                })
+            }),
+        };
+        let Ok(Some(Packet { bytes, descriptors })) = received else {
             return;
         };
-        let Packet { bytes, descriptors } = packet;
         let image = descriptors.into_iter().next();
         let answered = decode::<Request>(&bytes)
             .map_err(|why| Failure::new(Failure::INTERNAL, format!("of a request: {why}")))

@@ -80,6 +80,7 @@ pub(crate) fn prepare(path: &Path) -> Result<Prepared, Failure> {
     }
     let facts = stat(folder).map_err(|e| cannot("look at", folder, e.into()))?;
     roots_alone(folder, &facts)?;
+    roots_above(folder)?;
     let lock = folder.join("node.lock");
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let file =
@@ -100,6 +101,7 @@ fn load(path: &Path) -> Result<Config, Failure> {
     let file = open(path, flags, Mode::empty()).map_err(|e| cannot("open", path, e.into()))?;
     let facts = fstat(&file).map_err(|e| cannot("look at", path, e.into()))?;
     roots_alone(path, &facts)?;
+    roots_above(path)?;
     let mut text = String::new();
     let read = File::from(file).take(1 << 20).read_to_string(&mut text);
     read.map_err(|e| cannot("read", path, e))?;
@@ -127,17 +129,57 @@ pub(crate) fn program(own: &Path, name: &str) -> PathBuf {
 fn roots_alone(path: &Path, facts: &Stat) -> Result<(), Failure> {
     match facts.st_uid == 0 && facts.st_mode & 0o022 == 0 {
         true => Ok(()),
-        false => Err(Failure::new(
-            Failure::CONFIG,
-            format!(
-                "`{}` can be changed by others than root: its owner must be root, and nobody else may write",
-                path.display()
-            ),
-        )),
+        false => Err(open_to_others(path)),
     }
+}
+
+/// Nor may others put something else in its place: every folder above is root's, and not writable by others but where
+/// the sticky bit keeps names. As `runtime/src/trusted.rs` has it.
+fn roots_above(path: &Path) -> Result<(), Failure> {
+    let real = (path.canonicalize()).map_err(|e| cannot("look at", path, e))?;
+    for folder in real.ancestors().skip(1) {
+        let facts = stat(folder).map_err(|e| cannot("look at", folder, e.into()))?;
+        let kept = facts.st_mode & 0o022 == 0 || facts.st_mode & 0o1000 != 0;
+        if facts.st_uid != 0 || !kept {
+            return Err(open_to_others(folder));
+        }
+    }
+    Ok(())
+}
+
+fn open_to_others(path: &Path) -> Failure {
+    let line = format!(
+        "`{}` can be changed by others than root: its owner must be root, and nobody else may write",
+        path.display()
+    );
+    Failure::new(Failure::CONFIG, line)
 }
 
 fn cannot(what: &str, path: &Path, error: io::Error) -> Failure {
     let line = format!("cannot {what} `{}`: {error}", path.display());
     Failure::new(Failure::CONFIG, line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_folder_above_that_others_can_write_is_refused() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("berth.toml");
+        std::fs::write(&file, "").unwrap();
+        let with = |mode| {
+            let mode = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(dir.path(), mode).unwrap();
+            roots_above(&file)
+        };
+        assert_eq!(with(0o755), Ok(()));
+        assert_eq!(with(0o1777), Ok(()));
+        assert_eq!(with(0o777), Err(open_to_others(dir.path())));
+    }
 }

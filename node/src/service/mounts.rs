@@ -18,8 +18,9 @@ use crate::table::Entry;
 const MAKING: Duration = Duration::from_secs(60);
 /// How often a user's folder that is over its time, and in use, is looked at.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
-/// Folders of a user at a time.
+/// Folders at a time: a user's, and all users'.
 const PLACES: usize = 64;
+const ALL_PLACES: usize = 512;
 
 impl Service {
     /// Drops what need not be kept.
@@ -135,9 +136,12 @@ impl Service {
                 let mine = state.attached.keys().filter(|(uid, _)| *uid == request.uid);
                 let name = request.verity_root.get(..16).unwrap_or_default();
                 let name = format!("{name}-{}", state.given);
-                let made = match mine.count() < PLACES {
-                    true => self.places.attach(tree.as_fd(), request.uid, &name),
-                    false => Err(std::io::Error::other("this user has too many of them")),
+                let made = if mine.count() >= PLACES {
+                    Err(std::io::Error::other("this user has too many of them"))
+                } else if state.attached.len() >= ALL_PLACES {
+                    Err(std::io::Error::other("this node has too many of them"))
+                } else {
+                    self.places.attach(tree.as_fd(), request.uid, &name)
                 };
                 match made {
                     Ok(path) => {

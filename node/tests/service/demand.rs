@@ -286,11 +286,20 @@ fn slurms_program_for_unkillable_steps_frees_who_waits_for_a_stopped_server() {
     forget();
     let mut job = Command::new("cat")
         .arg(folder.join("file-00003"))
-        .env("SLURM_JOB_ID", "4242424242")
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
+    // As /proc looks where slurmstepd made the job's cgroup.
+    let proc = node.dir.path().join("proc");
+    let facts = proc.join(job.id().to_string());
+    std::fs::create_dir_all(&facts).unwrap();
+    let own = format!("/proc/{}/mountinfo", job.id());
+    std::os::unix::fs::symlink(own, facts.join("mountinfo")).unwrap();
+    let in_cgroup = |path: &str| {
+        let line = format!("0::{path}/job_4242424242/step_0/user/task_0\n");
+        std::fs::write(facts.join("cgroup"), line).unwrap();
+    };
     let control = node.dir.path().join("control");
     std::fs::create_dir(&control).unwrap();
     let none = rustix::mount::MountFlags::empty();
@@ -301,12 +310,21 @@ fn slurms_program_for_unkillable_steps_frees_who_waits_for_a_stopped_server() {
     });
     let script =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/packaging/berth-unkillable");
-    let run = Command::new(script)
-        .env("SLURM_JOB_ID", "4242424242")
-        .env("BERTH_CONNECTIONS", &control)
-        .status()
-        .unwrap();
-    assert!(run.success());
+    let run = || {
+        let run = Command::new(&script)
+            .env("SLURM_JOB_ID", "4242424242")
+            .env("BERTH_PROC", &proc)
+            .env("BERTH_CONNECTIONS", &control)
+            .status()
+            .unwrap();
+        assert!(run.success());
+    };
+    // A cgroup of a user's own, with a job's number.
+    in_cgroup("/user.slice/user-1000.slice/user@1000.service/slurmstepd.scope");
+    run();
+    assert!(std::fs::read_to_string(&waiting).is_ok_and(|count| count.trim() != "0"));
+    in_cgroup("/system.slice/slurmstepd.scope");
+    run();
     assert!(!job.wait().unwrap().success());
     kill_process(server, Signal::KILL).unwrap();
     for mount in [&folder, &control] {

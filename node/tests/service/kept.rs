@@ -112,11 +112,18 @@ fn users_get_no_mounts_and_one_service_has_a_folder() {
     let wanted = keeper::encode(&Request::Mount(request(&image))).unwrap();
     let drain = keeper::encode(&Request::Drain).unwrap();
     for message in [wanted, drain] {
-        let output = as_somebody(&node, std::str::from_utf8(&message).unwrap());
+        let output = as_somebody(&node.socket(), std::str::from_utf8(&message).unwrap());
         let answer = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(answer.contains(r#""code":77"#), "{output:?}");
     }
     assert!(!node.status().draining);
+    // Root's own socket is not theirs, and all that root needs.
+    let roots = keeper::root_socket(&node.socket());
+    let output = as_somebody(&roots, "{}");
+    let why = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(why.contains("Permission denied"), "{output:?}");
+    std::fs::remove_file(node.socket()).unwrap();
+    drop(node.mount(&image).unwrap());
     let second = Node::spawn(node.dir.path()).wait().unwrap();
     assert_eq!(second.code(), Some(69));
     // Neither a file that users can write nor one of another length is mounted.
