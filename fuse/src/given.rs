@@ -7,12 +7,16 @@
 //! 2. to here one packet with the descriptor of a connection, which is served until its mount is gone.
 //!
 //! When the other end is closed before that, this ends. The other end is free to end after it.
+//!
+//! With `--confined` this process is the server too, and closes the cage of [`crate::confined`] around itself first.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use berth_fuse::fs::ImageFs;
+use berth_fuse::holder::Held;
+use berth_fuse::slots;
 use berth_squashfs::read::{CacheSizes, Reader};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -22,7 +26,7 @@ use rustix::net::{
 };
 
 use crate::lazy::Lazy;
-use crate::{Failure, Serving, inherited, keep};
+use crate::{Failure, Serving, confined, inherited, keep, serve_image};
 
 /// Answers on `channel`, waits for the connection, and serves it.
 pub fn run(
@@ -30,22 +34,34 @@ pub fn run(
     lazy: &Lazy,
     channel: RawFd,
     image: Option<RawFd>,
+    confined: bool,
 ) -> Result<(), Failure> {
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     let channel = inherited(channel)?;
     let image = image.map(inherited).transpose()?;
+    let slots = slots::create()?;
+    if confined {
+        confined::enter()?;
+    }
     let said = match check(serving, lazy, image.as_ref()) {
         Ok(()) => "k".to_owned(),
         Err(error) => format!("e{}", crate::told(error.as_ref())),
     };
     say(&channel, said.as_bytes())?;
-    match connection(&channel)? {
-        Some(device) => {
-            drop(channel);
-            keep(serving, lazy, device, image)
-        }
-        None => Ok(()),
+    let Some(device) = connection(&channel)? else {
+        return Ok(());
+    };
+    drop(channel);
+    if confined {
+        let source = lazy.open(image, serving.deadline())?;
+        return serve_image(serving, lazy, source, device, slots);
     }
+    let held = Held {
+        device,
+        slots,
+        image,
+    };
+    keep(serving, lazy, held)
 }
 
 /// Whether there is an image to serve.

@@ -1,5 +1,6 @@
 //! `berth-fuse`: mounts an image through our own reader.
 
+mod confined;
 mod given;
 mod lazy;
 mod node;
@@ -17,7 +18,7 @@ use berth_fuse::fs::ImageFs;
 use berth_fuse::holder::{Held, hold};
 use berth_fuse::session::{Options, serve};
 use berth_fuse::{mount, slots};
-use berth_squashfs::read::{CacheSizes, Reader};
+use berth_squashfs::read::{CacheSizes, ReadAt, Reader};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use lazy::{Lazy, Recording};
@@ -60,6 +61,9 @@ enum Verb {
         channel: RawFd,
         #[arg(long)]
         image: Option<RawFd>,
+        /// Serve a file that nobody sealed: in one process that can do nothing else.
+        #[arg(long, requires = "image", conflicts_with = "verity_root")]
+        confined: bool,
     },
     /// Serve all images of a node: started by `berth-node`, with a socket at descriptor 0.
     #[command(hide = true)]
@@ -151,7 +155,8 @@ fn main() -> ExitCode {
             lazy,
             channel,
             image,
-        } => given::run(serving, &lazy, channel, image),
+            confined,
+        } => given::run(serving, &lazy, channel, image, confined),
         Verb::Node { serving, node } => node::run(serving, node),
         Verb::Serve {
             serving,
@@ -214,21 +219,16 @@ fn run_mount(
     if background {
         given::leave_terminal()?;
     }
-    keep(serving, lazy, device, file.map(OwnedFd::from))
-}
-
-/// Keeps a connection alive, and a server on it, until what is mounted on it is gone.
-fn keep(
-    serving: Serving,
-    lazy: &Lazy,
-    device: OwnedFd,
-    image: Option<OwnedFd>,
-) -> Result<(), Failure> {
     let held = Held {
         device,
         slots: slots::create()?,
-        image,
+        image: file.map(OwnedFd::from),
     };
+    keep(serving, lazy, held)
+}
+
+/// Keeps a connection alive, and a server on it, until what is mounted on it is gone.
+fn keep(serving: Serving, lazy: &Lazy, held: Held) -> Result<(), Failure> {
     let descriptors = held.arguments()?;
     let own = std::env::current_exe()?;
     let status = hold(
@@ -268,6 +268,18 @@ fn run_serve(
     let (device, slots) = (inherited(device)?, inherited(slots)?);
     let image = image.map(inherited).transpose()?;
     let (source, recording) = lazy.open_to_serve(image, serving.deadline())?;
+    serve_image(serving, lazy, source, device, slots)?;
+    recording.map_or(Ok(()), Recording::finish)
+}
+
+/// Serves a connection until what is mounted on it is gone.
+fn serve_image(
+    serving: Serving,
+    lazy: &Lazy,
+    source: Box<dyn ReadAt>,
+    device: OwnedFd,
+    slots: OwnedFd,
+) -> Result<(), Failure> {
     let fs: Arc<dyn FileSystem> = match serving.mode {
         Mode::Block => Arc::new(BlockFs::new(source)?),
         Mode::Filesystem => {
@@ -282,7 +294,7 @@ fn run_serve(
         deadline: serving.deadline(),
     };
     serve(fs, device, slots::map(slots)?, options)?;
-    recording.map_or(Ok(()), Recording::finish)
+    Ok(())
 }
 
 /// Takes over a descriptor that the holder left open, and keeps it from our own children.

@@ -42,6 +42,8 @@ const RESOLVE: Duration = Duration::from_secs(60);
 const GRANT_S: u64 = 31 * 24 * 3600;
 /// One long poll.
 const POLL: Duration = Duration::from_secs(10);
+/// The first: what is there in so short a time needs no word of progress in the job's output.
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// What the child works with.
 pub(crate) struct Search<'a> {
@@ -59,8 +61,8 @@ pub(crate) mod tag {
     pub(crate) const ACCOUNT: u8 = b'A';
     /// Progress, plain text.
     pub(crate) const PROGRESS: u8 = b'P';
-    /// `digest`, `record`, or nothing for a file of the user's own; with the descriptors of the data file and, for the
-    /// store's, of its FORMAT. Without descriptors, `grant`: the daemon has the bytes.
+    /// `digest` and `record`, with the descriptors of the data file and of the store's FORMAT, or without them `grant`: the
+    /// daemon has the bytes. Nothing at all for a file of the user's own, which can be opened.
     pub(crate) const FOUND: u8 = b'F';
     /// A refusal.
     pub(crate) const REFUSED: u8 = b'E';
@@ -104,7 +106,8 @@ pub(crate) fn run(search: &Search<'_>, channel: &Channel) -> io::Result<()> {
     body.send_wait(&channel, tag::ACCOUNT, &[])?;
     if let Some(path) = &search.wanted.own {
         return match own_image::open(path) {
-            Ok(data) => Body::default().send_wait(&channel, tag::FOUND, &[data.as_fd()]),
+            // Root gets no descriptor of it: who serves it has it opened anew.
+            Ok(_) => Body::default().send_wait(&channel, tag::FOUND, &[]),
             Err(refusal) => refusal.body().send_wait(&channel, tag::REFUSED, &[]),
         };
     }
@@ -335,6 +338,9 @@ impl Search<'_> {
     ) -> Result<Digest, ClientError> {
         let client = Client::from_config(self.config)?;
         let mut pull = client.pull(request)?;
+        if !*heard && !pull.state.is_final() {
+            pull = client.wait_pull(&pull.id, SILENCE)?;
+        }
         *heard = true;
         loop {
             let digest = pull.digest.as_deref().and_then(|d| d.parse().ok());

@@ -1,13 +1,13 @@
 //! `--container=/path/my.sqsh`: a SquashFS file that nobody sealed.
 //!
-//! The kernel's driver never sees it. The file is opened by a child that is wholly the job's user; our own reader serves
-//! it through FUSE, in a process under the node service's uid, where the user can neither stop nor trace it: whoever
-//! could stop the server of a mount could make the node's processes wait in it for ever. Every request has a deadline in
-//! the server, and when its keeper ends, or the mount, so does it.
+//! The kernel's driver never sees it. The file is opened by a child that is wholly the job's user, which gives it
+//! straight to a server under a uid that nobody has, in a cage; our own reader serves it there through FUSE, where the user
+//! can neither stop nor trace it: whoever could stop the server of a mount could make the node's processes wait in it for
+//! ever. Root has no descriptor of the file. Every request has a deadline in the server, which ends with the mount.
 
 use std::ffi::OsString;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
 use rustix::io::Errno;
@@ -41,40 +41,42 @@ pub(crate) fn open(path: &Path) -> Result<OwnedFd, Refusal> {
     }
 }
 
-/// A served file; its server ends with this.
+/// A served file; its servers end with this.
 #[derive(Debug)]
 pub(crate) struct OwnImage {
-    name: String,
-    data: OwnedFd,
+    path: PathBuf,
+    user: User,
     options: Vec<OsString>,
-    server_user: String,
-    keepers: Vec<Child>,
+    servers: Vec<Child>,
 }
 
 impl OwnImage {
-    /// `data` as [`open`] gave it. `owner` is whom everything in the image is to belong to, where that is not to be as
-    /// the image says.
-    pub(crate) fn new(path: &Path, data: OwnedFd, owner: Option<&User>, server_user: &str) -> Self {
-        let owner = owner.map(|user| format!("--owner={}:{}", user.uid, user.gid).into());
+    /// The file at `path`, as `user` can open it. `as_users`: everything in the image is to belong to the user, whatever
+    /// it says.
+    pub(crate) fn new(path: &Path, user: &User, as_users: bool) -> Self {
+        let owner = as_users.then(|| format!("--owner={}:{}", user.uid, user.gid).into());
         OwnImage {
-            name: shown(path),
-            data,
+            path: path.to_owned(),
+            user: user.clone(),
             options: owner.into_iter().collect(),
-            server_user: server_user.to_owned(),
-            keepers: Vec::new(),
+            servers: Vec::new(),
         }
     }
 
     /// A mount of the image, attached nowhere, `ro,nosuid,nodev`, with a server of its own.
     pub(crate) fn mount(&mut self) -> Result<OwnedFd, Refusal> {
         let bytes = Bytes {
-            file: Some(self.data.as_fd()),
+            file: None,
             options: &self.options,
             grant: None,
         };
-        let server = Server::start(&bytes, &self.name, As::Service(&self.server_user))?;
-        let (mount, keeper) = server.mount()?;
-        self.keepers.extend(keeper);
+        let who = As::Apart {
+            path: &self.path,
+            user: &self.user,
+        };
+        let server = Server::start(&bytes, &shown(&self.path), who)?;
+        let (mount, server) = server.mount()?;
+        self.servers.extend(server);
         Ok(mount)
     }
 }

@@ -74,11 +74,8 @@ impl Prepared {
     ) -> Result<Image, Refusal> {
         let lacks = |what: &str| Refusal::new(code::INTERNAL, format!("what was found: no {what}"));
         if let Some(path) = &self.wanted.own {
-            let data = data.ok_or_else(|| lacks("file"))?;
-            let (config, job) = (&self.config, &self.job);
-            let owner = job.writable.then_some(&job.user);
-            let own = OwnImage::new(path, data, owner, &config.node.service.user);
-            return Image::own(own, self.environment(&[])?, config);
+            let own = OwnImage::new(path, &self.job.user, self.job.writable);
+            return Image::own(own, self.environment(&[])?, &self.config);
         }
         let digest = found.get("digest").unwrap_or_default();
         let digest: Digest = (String::from_utf8_lossy(digest).parse())

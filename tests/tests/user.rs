@@ -42,19 +42,25 @@ fn srun(container: &Path, options: &[&str], command: &str) -> Ended {
     suite().cluster.user("srun", &words).end()
 }
 
-/// Processes of `berth-fuse` that have this file open.
-fn servers_of(file: &Path) -> Vec<u32> {
+/// Processes that have this file open.
+fn holders_of(file: &Path) -> Vec<u32> {
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let numbers = processes.filter_map(|p| p.file_name().to_str()?.parse::<u32>().ok());
-    let serves = |pid: &u32| {
-        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    let holds = |pid: &u32| {
         let open = fs::read_dir(format!("/proc/{pid}/fd"))
             .into_iter()
             .flatten();
-        program.ends_with("berth-fuse")
-            && (open.flatten()).any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == file))
+        (open.flatten()).any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to == file))
     };
-    numbers.filter(serves).collect()
+    numbers.filter(holds).collect()
+}
+
+/// Those among them that are `berth-fuse`.
+fn servers_of(file: &Path) -> Vec<u32> {
+    let mut holders = holders_of(file);
+    let program = |pid: &u32| fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    holders.retain(|pid| program(pid).ends_with("berth-fuse"));
+    holders
 }
 
 fn wait_nothing_left(file: &Path) {
@@ -438,6 +444,29 @@ fn a_file_that_changes_under_its_job_harms_that_job_alone() {
     // The user can neither stop nor end what serves the file: that could hang the node.
     let servers = servers_of(&file);
     assert!(!servers.is_empty());
+    // Nor does anybody else hold the file: closing it may be for the user to delay.
+    assert_eq!(holders_of(&file), servers);
+    let service = suite().cluster.folder().join("etc/berth.toml");
+    let service = fs::read_to_string(service).unwrap();
+    for pid in &servers {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let value = |name: &str| {
+            let mut lines = status.lines();
+            let line = lines.find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_default()
+                .split_whitespace()
+                .next()
+                .unwrap_or_default()
+        };
+        assert_eq!(
+            (value("Seccomp:"), value("NoNewPrivs:")),
+            ("2", "1"),
+            "{status}"
+        );
+        let uid = value("Uid:");
+        assert!(uid.parse::<u32>().unwrap() > 0, "{status}");
+        assert!(!service.contains(uid), "{status}");
+    }
     for pid in servers {
         let ended = suite()
             .cluster
