@@ -15,11 +15,12 @@ use berth_config::Config;
 use berth_image::digest::hex;
 use berth_image::envelope::MAX_ENVELOPE;
 use berth_image::{Digest, PublicKey, Record, layout};
-use berth_mount::keeper::{self, Answer, KeeperError, Mode, MountRequest, Request};
+use berth_mount::keeper::{self, Answer, KeeperError, MountRequest, Request};
 use rustix::fs::{Mode as Bits, OFlags, ResolveFlags, open, openat, openat2};
 use rustix::io::Errno;
 
 use crate::channel::Channel;
+use crate::mounted;
 use crate::refusal::{Refusal, code};
 use crate::sealed;
 use crate::serials;
@@ -74,7 +75,7 @@ fn attach(config: &Path, user: &User, digest: &str, platform: &str) -> Result<Pa
         verity_root: hex(&record.file.verity_root),
         hash_offset: record.file.hash_offset,
         file_size: record.file.size,
-        mode: Mode::Kernel,
+        mode: mounted::mode(&config),
         job: None,
         uid: user.uid,
         sources: Vec::new(),

@@ -99,11 +99,9 @@ impl Image {
             verity_root: hex(&record.file.verity_root),
             hash_offset: record.file.hash_offset,
             file_size: record.file.size,
-            mode: match config.node.mount {
-                _ if data.is_none() => Mode::Lazy,
-                MountMode::Auto => Mode::Auto,
-                MountMode::Kernel => Mode::Kernel,
-                MountMode::Lazy => Mode::Lazy,
+            mode: match data {
+                None => Mode::Lazy,
+                Some(_) => mode(config),
             },
             job: Some(owner.job.to_string()),
             uid: owner.uid,
@@ -248,6 +246,15 @@ impl Sealed {
             },
             warm,
         })
+    }
+}
+
+/// Who is to serve an image whose file is at hand, as the site has it.
+pub(crate) fn mode(config: &Config) -> Mode {
+    match config.node.mount {
+        MountMode::Auto => Mode::Auto,
+        MountMode::Kernel => Mode::Kernel,
+        MountMode::Lazy => Mode::Lazy,
     }
 }
 
