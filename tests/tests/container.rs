@@ -312,6 +312,8 @@ fn docker_manifests_work_as_oci_ones_do() {
 #[test]
 fn srun_works_inside_a_batch_container() {
     let suite = suite();
+    // A job's file has its errors too, and among them how long the image takes to come.
+    suite.cluster.berth(&["pull", &suite.python]).ok();
     // Slurm's client comes from the node: the image has neither it nor its libraries.
     let script = format!("#!/bin/sh\nsqueue -h -j $SLURM_JOB_ID -o %i\nsrun -N2 sh -c '{WHERE}'\n");
     let image = format!("--container={}", suite.python);
