@@ -20,7 +20,7 @@ use berth_fuse::fs::ImageFs;
 use berth_fuse::meter::{BOUNDS_US, KINDS, Latency};
 use berth_fuse::session::{Options, Session};
 use berth_fuse::slots;
-use berth_mount::keeper::{decode, encode};
+use berth_mount::keeper::{Source as Origin, decode, encode};
 use berth_mount::packets::Packets;
 use berth_mount::serving::{Order, Report, Served};
 use berth_squashfs::read::{CacheSizes, Caches, Reader};
@@ -80,6 +80,8 @@ struct State {
     /// Orders that have not ended.
     orders: usize,
     mounted: BTreeMap<u64, Mounted>,
+    /// Newer sources of images than their orders name.
+    renewed: BTreeMap<u64, Vec<Origin>>,
     /// What images counted that are not served any more.
     past: Totals,
 }
@@ -124,6 +126,7 @@ pub fn run(serving: Serving, node: Everything) -> Result<(), Failure> {
     while let Some(packet) = server.link.receive(None)? {
         match decode::<Order>(&packet.bytes) {
             Ok(Order::Serve(served)) => server.begin(served, packet.descriptors)?,
+            Ok(Order::Renew { id, sources }) => server.renew(id, sources),
             Ok(Order::Tell) => server.tell(),
             Err(why) => return Err(why.into()),
         }
@@ -134,6 +137,16 @@ pub fn run(serving: Serving, node: Everything) -> Result<(), Failure> {
         state = (server.ended.wait(state)).unwrap_or_else(PoisonError::into_inner);
     }
     Ok(())
+}
+
+impl Mounted {
+    fn renew(&self, sources: &[Origin]) {
+        for source in sources {
+            if let Some(grant) = &source.grant {
+                self.store.sources().renew(&source.at, grant);
+            }
+        }
+    }
 }
 
 impl Server {
@@ -165,10 +178,21 @@ impl Server {
                 tracing::error!(digest = served.digest, why, "cannot serve an image");
                 server.report(&Report::Failed { id, why });
             }
-            server.state().orders -= 1;
+            let mut state = server.state();
+            state.orders -= 1;
+            state.renewed.remove(&id);
+            drop(state);
             server.ended.notify_all();
         })?;
         Ok(())
+    }
+
+    fn renew(&self, id: u64, sources: Vec<Origin>) {
+        let mut state = self.state();
+        if let Some(mounted) = state.mounted.get(&id) {
+            mounted.renew(&sources);
+        }
+        state.renewed.insert(id, sources);
     }
 
     /// The life of one image here.
@@ -200,7 +224,12 @@ impl Server {
             store,
             session: Arc::clone(&session),
         };
-        self.state().mounted.insert(id, mounted);
+        let mut state = self.state();
+        if let Some(sources) = state.renewed.get(&id) {
+            mounted.renew(sources);
+        }
+        state.mounted.insert(id, mounted);
+        drop(state);
         self.report(&Report::Ready { id });
         let end = session.run();
         let mut state = self.state();
@@ -229,7 +258,8 @@ impl Server {
             let file = image.try_clone()?.into();
             sources.push(Box::new(FileSource::new(file, "the image file")));
         }
-        for source in &served.sources {
+        let renewed = self.state().renewed.get(&served.id).cloned();
+        for source in renewed.as_ref().unwrap_or(&served.sources) {
             let proxy = self.proxy.as_deref();
             match HttpSource::new(&source.at, source.grant.as_deref(), proxy) {
                 Ok(source) => sources.push(Box::new(source)),

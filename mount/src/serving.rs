@@ -16,6 +16,13 @@ pub const BLOCK_FILE: &str = "image";
 pub enum Order {
     /// Serve this. Descriptors: the connection, the memory of its requests, and the image's file if there is one.
     Serve(Served),
+    /// Read on with these newer grants.
+    Renew {
+        /// Which.
+        id: u64,
+        /// Its sources.
+        sources: Vec<Source>,
+    },
     /// Say how it stands: [`Report::Standing`].
     Tell,
 }
@@ -38,6 +45,20 @@ pub struct Served {
     pub block: bool,
     /// Whether another server has answered for it before.
     pub taken_over: bool,
+}
+
+impl Served {
+    /// Takes the grants of a later request over; whether one was another.
+    pub fn renew(&mut self, sources: &[Source]) -> bool {
+        let mut changed = false;
+        for source in sources.iter().filter(|source| source.grant.is_some()) {
+            for mine in self.sources.iter_mut().filter(|mine| mine.at == source.at) {
+                changed |= mine.grant != source.grant;
+                mine.grant.clone_from(&source.grant);
+            }
+        }
+        changed
+    }
 }
 
 /// From the server.
@@ -76,4 +97,33 @@ pub enum Report {
         #[serde(default)]
         fetched: Vec<(u64, u64)>,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_later_grant_takes_the_place_of_the_same_sources_first() {
+        let source = |at: &str, grant: Option<&str>| Source {
+            at: at.into(),
+            grant: grant.map(str::to_owned),
+        };
+        let mut served = Served {
+            id: 1,
+            digest: "sha256:00".into(),
+            verity_root: "ab".repeat(32),
+            hash_offset: 4096,
+            sources: vec![source("http://a/", Some("old")), source("http://b/", None)],
+            block: false,
+            taken_over: false,
+        };
+        assert!(!served.renew(&[source("http://a/", None), source("http://c/", Some("x"))]));
+        assert!(served.renew(&[source("http://a/", Some("new"))]));
+        assert!(!served.renew(&[source("http://a/", Some("new"))]));
+        assert_eq!(
+            served.sources,
+            [source("http://a/", Some("new")), source("http://b/", None)]
+        );
+    }
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use berth_config::{NodeService, ServeMode};
 use berth_mount::fuse::{detached, open_device, request_memory};
-use berth_mount::keeper::{MountRequest, decode, encode};
+use berth_mount::keeper::{MountRequest, Source, decode, encode};
 use berth_mount::packets::Packets;
 use berth_mount::serving::{Order, Report, Served};
 use nix::unistd::User;
@@ -218,6 +218,27 @@ impl Server {
             state.connections.remove(&id);
             let line = format!("cannot open the image {}: {failed}", request.digest);
             return Err(Failure::new(Failure::UNAVAILABLE, line));
+        }
+    }
+
+    /// What is served goes on with a later request's grants: its own would end with the first user's.
+    pub(crate) fn renew(&self, id: u64, sources: &[Source]) {
+        let (link, sources) = {
+            let mut state = self.state();
+            let link = state.link.clone();
+            let Some(connection) = state.connections.get_mut(&id) else {
+                return;
+            };
+            if !connection.served.renew(sources) {
+                return;
+            }
+            let described = &connection.served;
+            self.shelf.describe(&name("served", id), described);
+            (link, described.sources.clone())
+        };
+        // Without a link the next server hears of them.
+        if let (Some(link), Ok(order)) = (link, encode(&Order::Renew { id, sources })) {
+            let _ = link.send(&order, &[], Instant::now() + SAYING);
         }
     }
 

@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use berth_client::{NoResolver, UnixConnector};
@@ -20,7 +21,7 @@ pub struct HttpSource {
     url: String,
     name: String,
     /// What lets us read there; never shown.
-    grant: Option<String>,
+    grant: Mutex<Option<String>>,
 }
 
 impl std::fmt::Debug for HttpSource {
@@ -47,7 +48,7 @@ impl HttpSource {
             agent,
             url,
             name: at.to_owned(),
-            grant: grant.map(|grant| format!("Berth-Grant {grant}")),
+            grant: Mutex::new(grant.map(header)),
         })
     }
 
@@ -58,7 +59,7 @@ impl HttpSource {
     }
 
     fn authorized<B>(&self, request: RequestBuilder<B>) -> RequestBuilder<B> {
-        match &self.grant {
+        match &*crate::lock(&self.grant) {
             Some(grant) => request.header("authorization", grant),
             None => request,
         }
@@ -70,6 +71,10 @@ impl HttpSource {
             what: what.to_string(),
         }
     }
+}
+
+fn header(grant: &str) -> String {
+    format!("Berth-Grant {grant}")
 }
 
 fn agent(at: &str, proxy: Option<&str>) -> Result<(Agent, String), String> {
@@ -116,6 +121,12 @@ fn believed() -> TlsConfig {
 impl Source for HttpSource {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn renew(&self, at: &str, grant: &str) {
+        if at == self.name {
+            *crate::lock(&self.grant) = Some(header(grant));
+        }
     }
 
     fn open(&self, range: Range<u64>, limit: Duration) -> Result<Box<dyn Read + '_>, SourceError> {

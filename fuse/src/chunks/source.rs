@@ -56,6 +56,9 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// longer is found out by the caller.
     fn open(&self, range: Range<u64>, limit: Duration) -> Result<Box<dyn Read + '_>, SourceError>;
 
+    /// Takes a newer grant, where this is the source `at`.
+    fn renew(&self, _at: &str, _grant: &str) {}
+
     /// The image's trace as JSON, where the source keeps one.
     fn trace(&self, _limit: Duration) -> Option<Vec<u8>> {
         None
@@ -175,6 +178,13 @@ impl Sources {
     pub fn wrong(&self) -> u64 {
         let all = self.all.iter();
         all.map(|entry| entry.wrong.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Takes a newer grant for the source `at`.
+    pub fn renew(&self, at: &str, grant: &str) {
+        for entry in &self.all {
+            entry.source.renew(at, grant);
+        }
     }
 
     /// The trace that the first source has which keeps traces.

@@ -70,7 +70,12 @@ impl Service {
             (_, Mode::Lazy) | (None, Mode::Auto) => Key::of_root(request)?,
         };
         let (kept, there) = match self.take_or_begin(&key)? {
-            Some(kept) => (kept, true),
+            Some(kept) => {
+                if let Some(id) = kept.served {
+                    self.server.renew(id, &request.sources);
+                }
+                (kept, true)
+            }
             None => {
                 let made = self.make(&key, request, image);
                 let mut state = self.state();
