@@ -294,8 +294,19 @@ fn slurms_program_for_unkillable_steps_frees_who_waits_for_a_stopped_server() {
     let proc = node.dir.path().join("proc");
     let facts = proc.join(job.id().to_string());
     std::fs::create_dir_all(&facts).unwrap();
-    let own = format!("/proc/{}/mountinfo", job.id());
-    std::os::unix::fs::symlink(own, facts.join("mountinfo")).unwrap();
+    // A container's namespace holds its image's mount alone; this one holds those of other tests and users too.
+    let all = std::fs::read_to_string(format!("/proc/{}/mountinfo", job.id())).unwrap();
+    let own = format!(" 0:{minor} ");
+    let own: Vec<&str> = all.lines().filter(|line| line.contains(&own)).collect();
+    std::fs::write(facts.join("mountinfo"), own.join("\n")).unwrap();
+    let in_namespace = |pid: &str, name: &str| {
+        let folder = proc.join(pid).join("ns");
+        std::fs::create_dir_all(&folder).unwrap();
+        let _ = std::fs::remove_file(folder.join("mnt"));
+        std::os::unix::fs::symlink(name, folder.join("mnt")).unwrap();
+    };
+    in_namespace("1", "mnt:[1]");
+    in_namespace(&job.id().to_string(), "mnt:[2]");
     let in_cgroup = |path: &str| {
         let line = format!("0::{path}/job_4242424242/step_0/user/task_0\n");
         std::fs::write(facts.join("cgroup"), line).unwrap();
@@ -305,9 +316,8 @@ fn slurms_program_for_unkillable_steps_frees_who_waits_for_a_stopped_server() {
     let none = rustix::mount::MountFlags::empty();
     rustix::mount::mount("berth", &control, "fusectl", none, None).unwrap();
     let waiting = control.join(format!("{minor}/waiting"));
-    eventually("the job waits", || {
-        std::fs::read_to_string(&waiting).is_ok_and(|count| count.trim() != "0")
-    });
+    let waits = || std::fs::read_to_string(&waiting).is_ok_and(|count| count.trim() != "0");
+    eventually("the job waits", waits);
     let script =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/packaging/berth-unkillable");
     let run = || {
@@ -322,8 +332,13 @@ fn slurms_program_for_unkillable_steps_frees_who_waits_for_a_stopped_server() {
     // A cgroup of a user's own, with a job's number.
     in_cgroup("/user.slice/user-1000.slice/user@1000.service/slurmstepd.scope");
     run();
-    assert!(std::fs::read_to_string(&waiting).is_ok_and(|count| count.trim() != "0"));
+    assert!(waits());
     in_cgroup("/system.slice/slurmstepd.scope");
+    // A job's process outside of its container sees the mounts of everybody.
+    in_namespace(&job.id().to_string(), "mnt:[1]");
+    run();
+    assert!(waits());
+    in_namespace(&job.id().to_string(), "mnt:[2]");
     run();
     assert!(!job.wait().unwrap().success());
     kill_process(server, Signal::KILL).unwrap();
