@@ -38,6 +38,9 @@ fn answer(stream: TcpStream, file: &[u8], faults: &Mutex<Vec<&'static str>>) -> 
                 // A proxy is not told which server it is.
                 return None;
             }
+            if line == "authorization: Berth-Grant ended" {
+                return None;
+            }
             if let Some(value) = line.to_ascii_lowercase().strip_prefix("range: bytes=") {
                 let (from, to) = value.split_once('-')?;
                 range = Some((from.parse::<usize>().ok()?, to.parse::<usize>().ok()?));
@@ -113,6 +116,23 @@ fn ranges_by_http_survive_all_that_servers_do() {
     let dir = tempfile::tempdir().unwrap();
     let source = HttpSource::new(&url, None, None).unwrap();
     http_store(&file, sealed, source, dir.path());
+}
+
+#[test]
+fn a_later_grant_is_read_with_where_the_first_has_ended() {
+    let (file, _) = sealed_file(BLOCKS_A_CHUNK);
+    let url = http(Arc::clone(&file), vec![]);
+    let source = HttpSource::new(&url, Some("ended"), None).unwrap();
+    let first = || {
+        let mut bytes = [0; 8];
+        let mut stream = source.open(0..8, Duration::from_secs(30)).ok()?;
+        stream.read_exact(&mut bytes).ok()?;
+        Some(bytes)
+    };
+    source.renew("http://another/image", "later");
+    assert_eq!(first(), None);
+    source.renew(&url, "later");
+    assert_eq!(first().as_ref().map(|bytes| &bytes[..]), Some(&file[..8]));
 }
 
 #[test]
