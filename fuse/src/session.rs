@@ -40,8 +40,9 @@ impl Default for Options {
     }
 }
 
-/// A request that killed this many servers is answered with EIO.
-const TRIES: u32 = 3;
+/// A request that was in work when this many servers died, one after another, is taken for what killed them and answered
+/// with EIO. Far above what a server that others kill again and again loses by bad luck.
+const TRIES: u32 = 8;
 
 /// Why serving ended.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

@@ -133,6 +133,31 @@ fn a_plugin_missing_on_one_node() {
 }
 
 #[test]
+fn a_plugin_of_another_release_on_one_node() {
+    let words = ["--nodes", "2", "--without-plugin", "n2"];
+    let cluster = Cluster::own("test-release", &Options::new(&words));
+    let image = Image::shell("release").push(cluster.registry(), "test/release:1");
+    // What Slurm compares is the release, before it calls anything: 23.11 where the node runs another.
+    let folder = cluster.scratch("release");
+    let source = folder.join("plugin.c");
+    let text = "const char plugin_name[] = \"berth\", plugin_type[] = \"spank\";\n\
+                const unsigned plugin_version = 0x170b00, spank_plugin_version = 1;\n\
+                int slurm_spank_init(void *s, int c, char **v) { return 0; }\n";
+    fs::write(&source, text).unwrap();
+    let plugin = cluster.folder().join("bin/no-such-plugin.so");
+    let (plugin, source) = (plugin.to_str().unwrap(), source.to_str().unwrap());
+    let words = ["-shared", "-fPIC", "-o", plugin, source];
+    Run::new("cc", &words).end().ok();
+    let command = format!("touch {}/ran-$SLURMD_NODENAME; {WHERE}", folder.display());
+    let words = ["-N2", &container(&image.name), "sh", "-c", &command];
+    let ended = cluster.user("srun", &words).end();
+    ended.failed();
+    assert!(!folder.join("ran-n2").exists(), "ran on the host: {ended}");
+    assert!(ended.says("n2") && ended.says("plugin"), "{ended}");
+    cluster.assert_nodes_idle();
+}
+
+#[test]
 fn a_helper_that_is_missing_or_dies() {
     let cluster = Cluster::own("test-helper", &Options::new(&["--nodes", "1"]));
     let image = Image::shell("helper").push(cluster.registry(), "test/helper:1");

@@ -152,6 +152,32 @@ fn the_working_directory_is_the_users_the_images_or_the_one_asked_for() {
 }
 
 #[test]
+fn names_of_users_and_machines_are_those_of_the_node() {
+    let ended = inside(
+        &[],
+        "cat /etc/hosts; echo --; cat /etc/resolv.conf; echo --; cat /etc/passwd; echo --; cat /etc/group",
+    );
+    let parts: Vec<&str> = ended.ok().split("--\n").collect();
+    let of_the_node = |path| fs::read_to_string(path).unwrap_or_default();
+    assert_eq!(parts[0], of_the_node("/etc/hosts"));
+    assert_eq!(parts[1], of_the_node("/etc/resolv.conf"));
+    let id = |flags| suite().cluster.user("id", &[flags]).end().ok().to_owned();
+    let (name, uid, group, gid) = (id("-un"), id("-u"), id("-gn"), id("-g"));
+    let user = format!("{name}:x:{uid}:{gid}:");
+    assert_eq!(
+        parts[2].lines().filter(|l| l.starts_with(&user)).count(),
+        1,
+        "{ended}"
+    );
+    let group = format!("{group}:x:{gid}:");
+    assert_eq!(
+        parts[3].lines().filter(|l| l.starts_with(&group)).count(),
+        1,
+        "{ended}"
+    );
+}
+
+#[test]
 fn home_is_there_and_writable() {
     let folder = suite().cluster.scratch("home");
     let file = folder.join("made-inside");
