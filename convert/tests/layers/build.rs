@@ -190,3 +190,10 @@ pub fn gzip(bytes: &[u8]) -> Vec<u8> {
     w.write_all(bytes).unwrap();
     w.finish().unwrap()
 }
+
+pub fn gunzip(bytes: &[u8]) -> Vec<u8> {
+    let mut stream = Vec::new();
+    let mut decoder = flate2::read::MultiGzDecoder::new(bytes);
+    std::io::Read::read_to_end(&mut decoder, &mut stream).unwrap();
+    stream
+}

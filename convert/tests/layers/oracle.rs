@@ -304,3 +304,31 @@ fn the_seal_is_what_veritysetup_wants() {
             .arg(format!("--hash-offset={}", done.hash_offset)),
     );
 }
+
+/// The image of the README's first command: Debian with Python, in two layers of gzip.
+#[test]
+fn a_real_image() {
+    // What scripts/demo-image needs besides.
+    if !can_mount(TOOLS) || !can_mount(&["debootstrap"]) {
+        return;
+    }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/demo-image");
+    let made = Command::new(script).arg("python").output().unwrap();
+    let said = String::from_utf8_lossy(&made.stdout);
+    let error = String::from_utf8_lossy(&made.stderr);
+    let folder = said.trim().strip_prefix("oci:");
+    let folder = folder.and_then(|name| name.strip_suffix(":1"));
+    let folder = Path::new(folder.unwrap_or_else(|| panic!("{error}")));
+    let read = |digest: &serde_json::Value| {
+        let name = digest.as_str().unwrap().replace(':', "/");
+        std::fs::read(folder.join("blobs").join(name)).unwrap()
+    };
+    let json = |bytes: &[u8]| serde_json::from_slice::<serde_json::Value>(bytes).unwrap();
+    let index = json(&std::fs::read(folder.join("index.json")).unwrap());
+    let manifest = json(&read(&index["manifests"][0]["digest"]));
+    let layers: Vec<Vec<u8>> = (manifest["layers"].as_array().unwrap().iter())
+        .map(|layer| build::gunzip(&read(&layer["digest"])))
+        .collect();
+    assert!(layers.len() >= 2);
+    same(&layers);
+}
