@@ -297,7 +297,10 @@ print(seal.recv(length).decode())
 #[test]
 fn only_the_daemon_may_ask_the_sealer() {
     let cluster = &suite().cluster;
-    let image = push(cluster, "sealed", &Layer::new().file("x", b"x", 0o644));
+    // An image of its own: it is taken out of the store behind the daemon's back.
+    let content = berth_tests::cluster::unique();
+    let layer = Layer::new().file("x", content.as_bytes(), 0o644);
+    let image = push(cluster, "sealed", &layer);
     pull(cluster, &image).ok();
     let socket = cluster.folder().join("run/sealer/seal.sock");
     let words = ["-c", ASK, socket.to_str().unwrap(), &image.digest];
