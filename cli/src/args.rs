@@ -163,14 +163,30 @@ Examples:
         #[arg(required = true, value_name = "REF|DIGEST")]
         images: Vec<String>,
     },
-    /// Show what a start of an image reads, as nodes recorded it; they fetch that first where they fetch at all.
+    /// Show or record what a start of an image reads: nodes that fetch on demand fetch that first.
+    ///
+    /// With a command after `--` it is run in the image as by `berth exec`, on a mount of its own, and what it read goes
+    /// to the daemon when it has ended with all that it started. A user's trace stays for a day, then another user's may
+    /// take its place; an admin's takes any place and stays.
+    #[command(after_help = "\
+Examples:
+  berth trace ghcr.io/group/app:2.1                                       what is known
+  berth trace ghcr.io/group/app:2.1 -- python3 -c 'import torch'          record a start
+  berth trace ghcr.io/group/app:2.1 --set trace.json                      as `berth-fuse mount --record` wrote it
+
+Exit codes: the command's; where that is 0 and no trace was kept, Berth's own.")]
     Trace {
-        /// A reference or a digest (twelve digits are enough).
+        /// A reference or a digest (without a command, twelve digits are enough).
         #[arg(value_name = "REF|DIGEST")]
         image: String,
-        /// Send the trace in this file, as `berth-fuse mount --record` writes it. An admin's replaces what is there.
-        #[arg(long, value_name = "FILE")]
+        /// Send the trace in this file.
+        #[arg(long, value_name = "FILE", conflicts_with = "command")]
         set: Option<std::path::PathBuf>,
+        #[command(flatten)]
+        view: ViewArgs,
+        /// Record this command.
+        #[arg(last = true, value_name = "COMMAND", value_hint = ValueHint::CommandWithArguments)]
+        command: Vec<OsString>,
     },
     /// List the pulls in flight, and those that ended lately.
     Pulls {
@@ -287,15 +303,21 @@ pub struct ViewArgs {
     #[arg(
         long,
         alias = "container-mounts",
+        requires = "command",
         value_delimiter = ',',
         value_name = "SRC[:DST[:ro|rw]],…"
     )]
     pub mounts: Vec<OsString>,
     /// Start in this folder, as the container sees it. Default: the current one where it is visible.
-    #[arg(long, alias = "container-workdir", value_name = "DIR")]
+    #[arg(
+        long,
+        alias = "container-workdir",
+        value_name = "DIR",
+        requires = "command"
+    )]
     pub workdir: Option<PathBuf>,
     /// Let the command write anywhere, into memory: it is gone afterwards.
-    #[arg(long, alias = "container-writable")]
+    #[arg(long, alias = "container-writable", requires = "command")]
     pub writable: bool,
 }
 

@@ -129,7 +129,15 @@ fn configured(command: Command, context: &Context) -> Result<(), Failure> {
             command::inspect::inspect(context, &image, platform.platform)
         }
         Command::Rm { images } => command::rm::rm(context, &images),
-        Command::Trace { image, set } => command::trace::trace(context, &image, set.as_deref()),
+        Command::Trace {
+            image,
+            set,
+            view,
+            command,
+        } => match command.is_empty() {
+            true => command::trace::trace(context, &image, set.as_deref()),
+            false => command::record::record(context, &image, command, view),
+        },
         Command::Pulls { watch } => command::pulls::pulls(context, watch),
         Command::Status => command::status::status(context),
         Command::Node(NodeCommand::Status { metrics }) => command::node::status(context, metrics),

@@ -214,6 +214,40 @@ fn a_clock_that_is_far_off_fails() {
     assert_eq!(checks["daemon"].0, "warn", "{:?}", checks["daemon"]);
 }
 
+/// One is there, one is not, and one is somebody else's server.
+#[test]
+fn each_of_several_daemons_is_looked_at() {
+    let machine = Machine::new();
+    let deaf = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let gone = deaf.local_addr().unwrap();
+    drop(deaf);
+    let text = fs::read_to_string(machine.0.path("berth.toml")).unwrap();
+    let urls = format!("[api]\nurl = [\"http://{gone}\", \"http://{gone}/other\"]\n");
+    assert!(text.contains("[api]\n"), "{text}");
+    machine.file("berth.toml", &text.replace("[api]\n", &urls), 0o644);
+    let details = || -> Vec<String> {
+        let said = machine.doctor(&["--json"]);
+        let value: Value = serde_json::from_str(&said.out).unwrap();
+        let checks = value["checks"].as_array().unwrap();
+        let daemons = checks.iter().filter(|check| check["name"] == "daemon");
+        daemons
+            .map(|d| d["detail"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let none = details();
+    assert_eq!(none.len(), 2, "{none:?}");
+    for detail in none {
+        assert!(detail.contains(&gone.to_string()), "{detail}");
+        assert!(detail.contains("others do not"), "{detail}");
+    }
+    machine.0.daemon(|_, _| http(200, "{}"));
+    let one = details();
+    assert_eq!(one.len(), 3, "{one:?}");
+    assert!(one[0].contains("did not answer as"), "{one:?}");
+    assert!(one[1].contains(&format!("http://{gone}: ")), "{one:?}");
+    assert!(one[1].ends_with("the others are asked instead"), "{one:?}");
+}
+
 #[test]
 fn a_site_prolog_that_calls_the_guard_is_fine_and_another_is_not() {
     let machine = Machine::new();

@@ -62,6 +62,16 @@ fn bad_use_is_one_line_a_hint_and_2() {
             "`berth --help`",
         ),
         (
+            &["trace", "a.b/c:1", "--set", "trace.json", "--", "true"],
+            "the argument '--set <FILE>' cannot be used with",
+            "`berth --help`",
+        ),
+        (
+            &["trace", "a.b/c:1", "--writable"],
+            "the following required arguments were not provided: <COMMAND>...",
+            "`berth --help`",
+        ),
+        (
             &["prefetch", "--file", "absent"],
             "cannot read the list `absent`",
             "",

@@ -156,7 +156,7 @@ pub struct GrantRequest {
     pub platform: Option<String>,
     /// The node that will read, for logs.
     pub node: String,
-    /// How long it will, for example until the job's end; a day without this, at most 31.
+    /// How long it will, for example until the job's end; a day without this, at most `daemon.grant_s`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seconds: Option<u64>,
 }
@@ -167,6 +167,8 @@ pub struct Grant {
     /// For the header `Authorization: Berth-Grant …`.
     pub grant: String,
     pub expires_at: String,
+    /// The same as seconds from now.
+    pub seconds: u64,
 }
 
 /// Answer of `PUT /v1/images/{digest}/trace`.

@@ -2,53 +2,36 @@
 
 use std::fmt;
 use std::io::{self, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use berth_config::Config;
+use berth_image::shown::{clip, parse_error};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use ureq::http::{Request, Response};
-use ureq::unversioned::resolver::DefaultResolver;
-use ureq::unversioned::transport::DefaultConnector;
-use ureq::{Agent, Body, BodyReader};
+use ureq::BodyReader;
 
 use crate::api::{
     ErrorAnswer, ErrorKind, Grant, GrantRequest, Image, ImageDetail, PinRequest, Pins, Pull,
     PullRequest, ResolveRequest, Resolved, Status, TraceKept,
 };
 use crate::error::ClientError;
-use crate::munge::{Munge, request_payload};
 use crate::sse;
-use crate::unix::{NoResolver, UnixConnector};
+use crate::way::{Answer, Ask, CALL, Way};
+use crate::ways::Ways;
 
 /// Longest answer read, in bytes: a list of 100,000 images is about 40 MB.
 const MAX_BODY: u64 = 64 << 20;
-/// Longest text of an answer that is not the daemon's, shown to the user.
-const MAX_SHOWN: usize = 120;
-const CONNECT: Duration = Duration::from_secs(5);
-/// The whole of an ordinary call. Resolving may ask a far registry.
-const CALL: Duration = Duration::from_secs(60);
 /// What a long poll may take beyond its own waiting time.
 const POLL_MARGIN: Duration = Duration::from_secs(10);
 /// The longest long poll that the daemon grants.
 const MAX_POLL: Duration = Duration::from_secs(60);
-/// An event stream is dead after so long without a byte; the daemon sends keep-alives more often.
-const SILENCE: Duration = Duration::from_secs(60);
 
-/// A way to the daemon. Each call opens a connection of its own and closes it.
+/// A way to the site's daemons, of which one answers each call. Each call opens a connection of its own and closes it.
 pub struct Client {
-    agent: Agent,
-    /// What stands before each path: `http://localhost` for a socket.
-    base: String,
-    /// How people call it, in errors.
-    place: String,
-    /// Set where a credential is needed: over TCP.
-    munge: Option<MungeAt>,
+    ways: Ways,
     limit: Duration,
 }
-
-struct MungeAt(Option<PathBuf>);
 
 /// What answered at `/healthz`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,51 +43,57 @@ pub struct Probe {
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Client({})", self.place)
+        write!(f, "Client({})", self.place())
     }
 }
 
 impl Client {
-    /// The way that the configuration names: the Unix socket where it exists, else `api.url`.
+    /// The ways that the configuration names: the Unix socket where it exists, else what `api.url` names, asked in
+    /// order. A list there is asked after the socket too; a single URL is that of the socket's own daemon.
     ///
     /// # Errors
     /// [`ClientError::NoAddress`] when there is neither.
     pub fn from_config(config: &Config) -> Result<Self, ClientError> {
-        let api = &config.api;
-        match &api.url {
-            Some(url) if !api.socket.exists() => Ok(Self::tcp(url, api.munge_socket.as_deref())),
-            None if !api.socket.exists() => Err(ClientError::NoAddress {
-                socket: api.socket.display().to_string(),
-            }),
-            _ => Ok(Self::unix(&api.socket)),
+        let ways = Ways::new(ways(config)).ok_or_else(|| no_address(config))?;
+        Ok(Self { ways, limit: CALL })
+    }
+
+    /// The same, a client for each daemon.
+    ///
+    /// # Errors
+    /// [`ClientError::NoAddress`] when there is none.
+    pub fn each_from_config(config: &Config) -> Result<Vec<Self>, ClientError> {
+        let each: Vec<_> = ways(config).into_iter().map(Self::of).collect();
+        match each.is_empty() {
+            true => Err(no_address(config)),
+            false => Ok(each),
         }
+    }
+
+    /// A client for each daemon that the configuration names, whether its socket exists or not, in the order in which
+    /// they are asked.
+    pub fn every_from_config(config: &Config) -> Vec<Self> {
+        let api = &config.api;
+        let urls = api.url.iter();
+        let urls = urls.map(|url| Self::tcp(url, api.munge_socket.as_deref()));
+        std::iter::once(Self::unix(&api.socket))
+            .chain(urls)
+            .collect()
     }
 
     /// Over a Unix socket: the daemon sees who asks.
     pub fn unix(socket: &Path) -> Self {
-        let connector = UnixConnector(socket.to_owned());
-        Self {
-            agent: Agent::with_parts(agent_config(), connector, NoResolver),
-            base: "http://localhost".into(),
-            place: socket.display().to_string(),
-            munge: None,
-            limit: CALL,
-        }
+        Self::of(Way::unix(socket))
     }
 
     /// Over TCP, with a munge credential in each request. `url` is `http://HOST:PORT` or `https://HOST[:PORT]`.
     pub fn tcp(url: &str, munge_socket: Option<&Path>) -> Self {
-        #[cfg(feature = "tls")]
-        if url.starts_with("https:") {
-            // An error means that one is installed already.
-            let _ = rustls::crypto::ring::default_provider().install_default();
-        }
-        let parts = (DefaultConnector::new(), DefaultResolver::default());
+        Self::of(Way::tcp(url, munge_socket))
+    }
+
+    fn of(way: Way) -> Self {
         Self {
-            agent: Agent::with_parts(agent_config(), parts.0, parts.1),
-            base: url.trim_end_matches('/').to_owned(),
-            place: url.to_owned(),
-            munge: Some(MungeAt(munge_socket.map(Path::to_owned))),
+            ways: Ways::one(way),
             limit: CALL,
         }
     }
@@ -116,9 +105,9 @@ impl Client {
         self
     }
 
-    /// How people call the place where the daemon is looked for.
+    /// How people call the place where the daemon is looked for: the one that answered last, of several.
     pub fn place(&self) -> &str {
-        &self.place
+        self.ways.first().place()
     }
 
     /// Asks for an image to be in the store. Returns at once; the pull goes on in the daemon.
@@ -135,24 +124,18 @@ impl Client {
     pub fn wait_pull(&self, id: &str, wait: Duration) -> Result<Pull, ClientError> {
         let wait = wait.min(MAX_POLL);
         let path = format!("/v1/pulls/{}?wait={}", self.word(id)?, wait.as_secs());
-        let response = self.send("GET", &path, None, Some(wait + POLL_MARGIN))?;
-        self.json(response)
+        json(self.ways.ask(&Ask::get(&path), Some(wait + POLL_MARGIN))?)
     }
 
     /// Follows a pull: how it stands, each time that it changes, up to its end. The stream may break before that:
     /// then ask again, or use [`Client::wait_pull`].
     pub fn events(&self, id: &str) -> Result<PullEvents, ClientError> {
         let path = format!("/v1/pulls/{}/events", self.word(id)?);
-        let response = self.checked(self.send("GET", &path, None, None)?)?;
+        let Answer { response, way } = checked(self.ways.ask(&Ask::get(&path), None)?)?;
+        let body = response.into_body().into_with_config();
         Ok(PullEvents {
-            stream: BufReader::new(
-                response
-                    .into_body()
-                    .into_with_config()
-                    .limit(u64::MAX)
-                    .reader(),
-            ),
-            place: self.place.clone(),
+            stream: BufReader::new(body.limit(u64::MAX).reader()),
+            place: way.place().to_owned(),
             ended: false,
         })
     }
@@ -182,8 +165,7 @@ impl Client {
         platform: &berth_image::Platform,
     ) -> Result<Vec<u8>, ClientError> {
         let path = image_path(digest, platform, "record");
-        let response = self.send("GET", &path, None, Some(self.limit))?;
-        self.read(self.checked(response)?)
+        read(checked(self.ask(&Ask::get(&path))?)?)
     }
 
     /// A grant to read an image's file, for whoever this process is; to be handed to a node's image server together
@@ -199,10 +181,7 @@ impl Client {
         platform: &berth_image::Platform,
     ) -> String {
         let path = image_path(digest, platform, "data");
-        match self.munge {
-            Some(_) => format!("{}{path}", self.base),
-            None => format!("{}:{path}", self.place),
-        }
+        self.ways.first().source(&path)
     }
 
     /// What a start of an image touches, where somebody recorded it: a trace to be checked.
@@ -212,10 +191,9 @@ impl Client {
         platform: &berth_image::Platform,
     ) -> Result<Option<Vec<u8>>, ClientError> {
         let path = image_path(digest, platform, "trace");
-        let response = self.send("GET", &path, None, Some(self.limit))?;
-        match self.checked(response) {
+        match checked(self.ask(&Ask::get(&path))?) {
             Err(ClientError::Api(e)) if e.kind == ErrorKind::NotFound => Ok(None),
-            checked => self.read(checked?).map(Some),
+            checked => read(checked?).map(Some),
         }
     }
 
@@ -228,15 +206,13 @@ impl Client {
     ) -> Result<TraceKept, ClientError> {
         let path = image_path(digest, platform, "trace");
         let body = trace.as_bytes().to_vec();
-        let response = self.send("PUT", &path, Some(body), Some(self.limit))?;
-        self.json(response)
+        json(self.ask(&Ask::with("PUT", &path, Some(body)))?)
     }
 
     /// Takes an image out of the store. For admins.
     pub fn remove(&self, digest: &berth_image::Digest) -> Result<(), ClientError> {
         let path = format!("/v1/images/{digest}");
-        let response = self.send("DELETE", &path, None, Some(self.limit))?;
-        self.checked(response).map(drop)
+        checked(self.ask(&Ask::with("DELETE", &path, None))?).map(drop)
     }
 
     pub fn status(&self) -> Result<Status, ClientError> {
@@ -245,8 +221,11 @@ impl Client {
 
     /// Whether something answers at all, and what its clock says. Needs no credential.
     pub fn probe(&self) -> Result<Probe, ClientError> {
-        let request = Request::get(format!("{}/healthz", self.base)).body(Vec::new());
-        let response = self.run(request, Some(self.limit))?;
+        let open = Ask {
+            signed: false,
+            ..Ask::get("/healthz")
+        };
+        let Answer { response, .. } = self.ask(&open)?;
         let date = response.headers().get("date");
         Ok(Probe {
             status: response.status().as_u16(),
@@ -255,8 +234,7 @@ impl Client {
     }
 
     fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        let response = self.send("GET", path, None, Some(self.limit))?;
-        self.json(response)
+        json(self.ask(&Ask::get(path))?)
     }
 
     fn post<B: Serialize, T: DeserializeOwned>(
@@ -265,81 +243,11 @@ impl Client {
         body: &B,
     ) -> Result<T, ClientError> {
         let body = serde_json::to_vec(body).map_err(|e| self.protocol(e.to_string()))?;
-        let response = self.send("POST", path, Some(body), Some(self.limit))?;
-        self.json(response)
+        json(self.ask(&Ask::with("POST", path, Some(body)))?)
     }
 
-    /// Sends one request; without a limit only silence ends it.
-    fn send(
-        &self,
-        method: &str,
-        path: &str,
-        body: Option<Vec<u8>>,
-        limit: Option<Duration>,
-    ) -> Result<Response<Body>, ClientError> {
-        let mut request = Request::builder()
-            .method(method)
-            .uri(format!("{}{path}", self.base));
-        if body.is_some() {
-            request = request.header("content-type", "application/json");
-        }
-        let body = body.unwrap_or_default();
-        if let Some(MungeAt(socket)) = &self.munge {
-            let payload = request_payload(method, path, &body);
-            let credential = Munge::load(socket.as_deref())?.encode(payload.as_bytes())?;
-            request = request.header("authorization", format!("Munge {credential}"));
-        }
-        self.run(request.body(body), limit)
-    }
-
-    fn run(
-        &self,
-        request: Result<Request<Vec<u8>>, ureq::http::Error>,
-        limit: Option<Duration>,
-    ) -> Result<Response<Body>, ClientError> {
-        let request = request.map_err(|e| self.protocol(e.to_string()))?;
-        let configured = self
-            .agent
-            .configure_request(request)
-            .timeout_global(limit)
-            .timeout_connect(Some(limit.map_or(CONNECT, |l| l.min(CONNECT))))
-            .timeout_recv_response(Some(limit.unwrap_or(CALL)))
-            .timeout_per_read(Some(limit.unwrap_or(SILENCE)))
-            .build();
-        self.agent
-            .run(configured)
-            .map_err(|e| ClientError::from_ureq(&self.place, e))
-    }
-
-    /// The answer, when it is a success; else the daemon's error.
-    fn checked(&self, response: Response<Body>) -> Result<Response<Body>, ClientError> {
-        let status = response.status();
-        if status.is_success() {
-            return Ok(response);
-        }
-        let bytes = self.read(response)?;
-        match serde_json::from_slice::<ErrorAnswer>(&bytes) {
-            Ok(answer) => Err(ClientError::Api(answer.error)),
-            Err(_) => {
-                let text = String::from_utf8_lossy(&bytes);
-                let line = text.lines().next().unwrap_or_default();
-                let shown: String = (line.chars().take(MAX_SHOWN))
-                    .flat_map(char::escape_default)
-                    .collect();
-                Err(self.protocol(format!("HTTP {status} {shown}").trim_end().to_owned()))
-            }
-        }
-    }
-
-    fn json<T: DeserializeOwned>(&self, response: Response<Body>) -> Result<T, ClientError> {
-        let bytes = self.read(self.checked(response)?)?;
-        serde_json::from_slice(&bytes).map_err(|e| self.protocol(e.to_string()))
-    }
-
-    fn read(&self, response: Response<Body>) -> Result<Vec<u8>, ClientError> {
-        let body = response.into_body().into_with_config().limit(MAX_BODY);
-        body.read_to_vec()
-            .map_err(|e| ClientError::from_ureq(&self.place, e))
+    fn ask(&self, ask: &Ask<'_>) -> Result<Answer<'_>, ClientError> {
+        self.ways.ask(ask, Some(self.limit))
     }
 
     /// An id as a part of a path: what a hostile daemon sent does not choose another path.
@@ -352,11 +260,57 @@ impl Client {
     }
 
     fn protocol(&self, why: String) -> ClientError {
-        ClientError::Protocol {
-            place: self.place.clone(),
-            why,
+        self.ways.first().protocol(why)
+    }
+}
+
+fn ways(config: &Config) -> Vec<Way> {
+    let api = &config.api;
+    let socket = api.socket.exists().then(|| Way::unix(&api.socket));
+    let alone = socket.is_some() && api.url.len() < 2;
+    let urls = api.url.iter().filter(|_| !alone);
+    let urls = urls.map(|url| Way::tcp(url, api.munge_socket.as_deref()));
+    socket.into_iter().chain(urls).collect()
+}
+
+fn no_address(config: &Config) -> ClientError {
+    ClientError::NoAddress {
+        socket: config.api.socket.display().to_string(),
+    }
+}
+
+/// The answer, when it is a success; else the daemon's error.
+fn checked(answer: Answer<'_>) -> Result<Answer<'_>, ClientError> {
+    let status = answer.response.status();
+    if status.is_success() {
+        return Ok(answer);
+    }
+    let way = answer.way;
+    let bytes = read(answer)?;
+    match serde_json::from_slice::<ErrorAnswer>(&bytes) {
+        Ok(answer) => Err(ClientError::Api(answer.error)),
+        Err(_) => {
+            let text = String::from_utf8_lossy(&bytes);
+            let line = text.lines().next().unwrap_or_default();
+            Err(way.protocol(
+                format!("HTTP {status} {}", clip(line))
+                    .trim_end()
+                    .to_owned(),
+            ))
         }
     }
+}
+
+fn json<T: DeserializeOwned>(answer: Answer<'_>) -> Result<T, ClientError> {
+    let way = answer.way;
+    let bytes = read(checked(answer)?)?;
+    serde_json::from_slice(&bytes).map_err(|e| way.protocol(parse_error(&e)))
+}
+
+fn read(Answer { response, way }: Answer<'_>) -> Result<Vec<u8>, ClientError> {
+    let body = response.into_body().into_with_config().limit(MAX_BODY);
+    body.read_to_vec()
+        .map_err(|e| ClientError::from_ureq(way.place(), e))
 }
 
 fn image_path(
@@ -365,23 +319,6 @@ fn image_path(
     what: &str,
 ) -> String {
     format!("/v1/images/{digest}/{what}?platform={platform}")
-}
-
-/// What each request starts from: no proxy and no redirect ever, an error status is an answer.
-fn agent_config() -> ureq::config::Config {
-    let builder = Agent::config_builder()
-        .proxy(None)
-        .max_redirects(0)
-        .http_status_as_error(false)
-        .max_idle_connections(0)
-        .user_agent(concat!("berth/", env!("CARGO_PKG_VERSION")));
-    #[cfg(feature = "tls")]
-    let builder = builder.tls_config(
-        ureq::tls::TlsConfig::builder()
-            .root_certs(ureq::tls::RootCerts::PlatformVerifier)
-            .build(),
-    );
-    builder.build()
 }
 
 /// See [`Client::events`].
@@ -409,7 +346,7 @@ impl Iterator for PullEvents {
             Ok(Some(data)) => {
                 serde_json::from_str::<Pull>(&data).map_err(|e| ClientError::Protocol {
                     place: self.place.clone(),
-                    why: e.to_string(),
+                    why: parse_error(&e),
                 })
             }
             Err(e) => Err(stream_error(&self.place, e)),

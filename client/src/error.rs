@@ -14,6 +14,9 @@ pub enum ClientError {
     /// The limit of the connection or of the whole call passed.
     #[error("the daemon at {place} did not answer in time")]
     Timeout { place: String },
+    /// None of several did; what became of each.
+    #[error("no daemon answers: {}", lines(.0))]
+    NoneAnswers(Vec<ClientError>),
     /// The daemon answered with an error.
     #[error(transparent)]
     Api(ErrorBody),
@@ -32,14 +35,39 @@ impl ClientError {
     pub fn is_unavailable(&self) -> bool {
         matches!(
             self,
-            Self::Unreachable { .. } | Self::Timeout { .. } | Self::NoAddress { .. }
+            Self::Unreachable { .. }
+                | Self::Timeout { .. }
+                | Self::NoneAnswers(_)
+                | Self::NoAddress { .. }
         )
+    }
+
+    /// Whether one may be there, and was only slow.
+    pub fn is_timeout(&self) -> bool {
+        match self {
+            Self::Timeout { .. } => true,
+            Self::NoneAnswers(each) => each.iter().any(Self::is_timeout),
+            _ => false,
+        }
+    }
+
+    /// Of several daemons' silence one error, which an answer that makes no sense is by itself. `place` is where nobody
+    /// could be asked.
+    pub(crate) fn of_all(mut silent: Vec<Self>, place: &str) -> Self {
+        let last = silent.pop().unwrap_or_else(|| Self::Timeout {
+            place: place.to_owned(),
+        });
+        if silent.is_empty() || matches!(last, Self::Protocol { .. }) {
+            return last;
+        }
+        silent.push(last);
+        Self::NoneAnswers(silent)
     }
 
     /// One line that says what to do.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Unreachable { .. } | Self::Timeout { .. } => {
+            Self::Unreachable { .. } | Self::Timeout { .. } | Self::NoneAnswers(_) => {
                 Some("is berthd running? `berth doctor` looks into it".into())
             }
             Self::NoAddress { .. } => {
@@ -54,8 +82,11 @@ impl ClientError {
     /// The exit code of a program that ends with this error (docs: README, "Exit codes").
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Unreachable { .. } | Self::Timeout { .. } | Self::NoAddress { .. } => 69,
-            Self::Munge(_) => 69,
+            Self::Unreachable { .. }
+            | Self::Timeout { .. }
+            | Self::NoneAnswers(_)
+            | Self::NoAddress { .. }
+            | Self::Munge(_) => 69,
             Self::Protocol { .. } => 70,
             Self::Api(body) => body.kind.exit_code(),
         }
@@ -90,6 +121,11 @@ impl ClientError {
             },
         }
     }
+}
+
+fn lines(each: &[ClientError]) -> String {
+    let each: Vec<String> = each.iter().map(ToString::to_string).collect();
+    each.join("; ")
 }
 
 /// An I/O error without std's ` (os error 2)`.

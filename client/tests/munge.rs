@@ -1,12 +1,13 @@
 //! Credentials against a real munged of our own. Needs munged and libmunge; CI=true makes their absence a failure.
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use berth_client::{Client, Munge, MungeError, request_payload};
+use berth_config::Config;
 
 struct Munged {
     child: Child,
@@ -100,25 +101,7 @@ fn a_request_over_tcp_carries_a_credential_for_just_that_request() {
     let Some(munged) = Munged::start() else {
         return;
     };
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let server = std::thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let mut credential = String::new();
-        for line in BufReader::new(&stream).lines() {
-            let line = line.unwrap();
-            if let Some(value) = line.strip_prefix("authorization: Munge ") {
-                credential = value.to_owned();
-            }
-            if line.is_empty() {
-                break;
-            }
-        }
-        stream
-            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]")
-            .unwrap();
-        credential
-    });
+    let (url, server) = serve_one();
     assert_eq!(
         Client::tcp(&url, Some(&munged.socket())).pulls().unwrap(),
         []
@@ -127,4 +110,56 @@ fn a_request_over_tcp_carries_a_credential_for_just_that_request() {
     let shown = munge.decode(&server.join().unwrap()).unwrap();
     let expected = request_payload("GET", "/v1/pulls", b"");
     assert_eq!(shown.payload, expected.as_bytes());
+}
+
+#[test]
+fn each_of_several_daemons_is_shown_a_credential_of_its_own() {
+    let Some(munged) = Munged::start() else {
+        return;
+    };
+    // It takes the request, and the credential with it, and goes.
+    let broken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let broken_url = format!("http://{}", broken.local_addr().unwrap());
+    let first = std::thread::spawn(move || credential(&broken.accept().unwrap().0));
+    let (url, second) = serve_one();
+    let mut config = Config::default();
+    config.api.socket = "/nonexistent/berthd.sock".into();
+    config.api.url = vec![broken_url, url].into();
+    config.api.munge_socket = Some(munged.socket());
+    let client = Client::from_config(&config).unwrap();
+    assert_eq!(client.pulls().unwrap(), []);
+    let munge = Munge::load(Some(&munged.socket())).unwrap();
+    for shown in [first.join().unwrap(), second.join().unwrap()] {
+        assert!(munge.decode(&shown).is_ok(), "{shown}");
+    }
+}
+
+/// A daemon that answers once that there is nothing; the credential that it was shown.
+fn serve_one() -> (String, std::thread::JoinHandle<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let shown = credential(&stream);
+        stream
+            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]")
+            .unwrap();
+        shown
+    });
+    (url, server)
+}
+
+/// Reads a request's head.
+fn credential(stream: &TcpStream) -> String {
+    let mut credential = String::new();
+    for line in BufReader::new(stream).lines() {
+        let line = line.unwrap();
+        if let Some(value) = line.strip_prefix("authorization: Munge ") {
+            credential = value.to_owned();
+        }
+        if line.is_empty() {
+            break;
+        }
+    }
+    credential
 }

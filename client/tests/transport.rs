@@ -159,7 +159,7 @@ fn the_socket_comes_first_then_the_url_then_an_error() {
         Client::from_config(&config),
         Err(ClientError::NoAddress { .. })
     ));
-    config.api.url = Some("http://127.0.0.1:9/".into());
+    config.api.url = "http://127.0.0.1:9/".into();
     assert_eq!(
         Client::from_config(&config).unwrap().place(),
         "http://127.0.0.1:9/"
@@ -167,6 +167,17 @@ fn the_socket_comes_first_then_the_url_then_an_error() {
     let _socket = UnixListener::bind(&config.api.socket).unwrap();
     let place = config.api.socket.display().to_string();
     assert_eq!(Client::from_config(&config).unwrap().place(), place);
+    let places = |config: &Config| -> Vec<String> {
+        let each = Client::each_from_config(config).unwrap();
+        each.iter().map(|one| one.place().to_owned()).collect()
+    };
+    // A single URL is that of the socket's daemon, several are other daemons' too.
+    assert_eq!(places(&config), [place.as_str()]);
+    config.api.url = vec!["http://127.0.0.1:9".into(), "http://127.0.0.1:8".into()].into();
+    let all = [&place, "http://127.0.0.1:9", "http://127.0.0.1:8"];
+    assert_eq!(places(&config), all);
+    std::fs::remove_file(&config.api.socket).unwrap();
+    assert_eq!(places(&config), all[1..]);
 }
 
 #[test]

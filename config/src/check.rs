@@ -70,6 +70,11 @@ impl Config {
             "daemon.stall_timeout_s",
             "must be at least 1",
         );
+        wrong(
+            !(60..=366 * 24 * 3600).contains(&self.daemon.grant_s),
+            "daemon.grant_s",
+            "must be from 60 to 31622400 (366 days)",
+        );
         for (key, socket) in [
             ("api.socket", &self.api.socket),
             ("seal.socket", &self.seal.socket),
@@ -88,14 +93,9 @@ impl Config {
             "api.listen",
             "must be ADDRESS:PORT, as in 0.0.0.0:7480",
         );
-        wrong(
-            self.api
-                .url
-                .as_deref()
-                .is_some_and(|u| !u.starts_with("http://") && !u.starts_with("https://")),
-            "api.url",
-            "must start with http:// or https://",
-        );
+        if let Some(why) = self.api.url.problem() {
+            wrong(true, "api.url", &why);
+        }
         let block = self.convert.block_size;
         wrong(
             !block.is_power_of_two() || !(4096..=1 << 20).contains(&block),

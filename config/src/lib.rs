@@ -7,6 +7,7 @@ mod check;
 mod load;
 mod policy;
 mod sections;
+mod urls;
 
 pub use check::Problem;
 pub use load::{ConfigError, DEFAULT_PATH};
@@ -15,3 +16,4 @@ pub use sections::{
     Api, Compression, Config, Convert, Daemon, Limits, LogFormat, MountMode, Node, NodeService,
     Ownership, RegistrySite, Seal, ServeMode, SiteBind, Slurm, Store,
 };
+pub use urls::{MOST as MOST_URLS, Urls};

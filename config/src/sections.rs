@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::policy::Policy;
+use crate::urls::Urls;
 
 /// The whole file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -58,6 +59,9 @@ pub struct Daemon {
     pub admin_uids: Vec<u32>,
     /// Bytes of finished layers kept in the spool, for later images that share them. Default 50 GiB.
     pub spool_bytes: u64,
+    /// Most seconds that a node reads an image with one grant: no less than the longest job. Nodes ask for a day more than
+    /// their job may still run where Slurm tells it (since 23.02), else for this. Default 2678400, 31 days.
+    pub grant_s: u64,
     /// `json` or `text`. Default `text`.
     pub log_format: LogFormat,
 }
@@ -78,8 +82,10 @@ pub struct Api {
     pub socket: PathBuf,
     /// `ADDRESS:PORT` for nodes and login nodes; who asks is known by munge. Not listening by default.
     pub listen: Option<String>,
-    /// Where clients on other machines find `listen`, as `http://HOST:PORT`. Without it they use the socket.
-    pub url: Option<String>,
+    /// Where clients on other machines find `listen`, as `http://HOST:PORT`; a list where the site has several daemons, at
+    /// most 8, asked in that order. Without it they use the socket.
+    #[serde(skip_serializing_if = "Urls::is_empty")]
+    pub url: Urls,
     /// munged's socket where it is not the library's default.
     pub munge_socket: Option<PathBuf>,
 }
@@ -192,8 +198,8 @@ pub struct Node {
     pub user_images: bool,
     /// Bind the user's home directory. Default true.
     pub home: bool,
-    /// How jobs get images: `auto` (the kernel's driver where the store has the file, else on demand), `kernel` or
-    /// `lazy`. Default `auto`.
+    /// How jobs get images: `auto` (the kernel's driver where the store has the file or all of it is on the node, else on
+    /// demand), `kernel` or `lazy` (always on demand). Default `auto`.
     pub mount: MountMode,
     /// Folders of the node that every container gets.
     pub binds: Vec<SiteBind>,
@@ -223,9 +229,10 @@ pub struct NodeService {
     pub keep_images: usize,
     /// Whose rights the process that serves images has: a name or a number, nobody else's. Default `berth-fuse`.
     pub user: String,
-    /// Where bytes fetched on demand stay, on a local disk. Default `/var/cache/berth`.
+    /// Where bytes fetched on demand stay, and root's copies of images of which all was fetched: on a local disk, in folders
+    /// that only root can change. Default `/var/cache/berth`.
     pub cache_dir: PathBuf,
-    /// Most bytes there; 0 is a tenth of its filesystem. Default 0.
+    /// Most bytes there, half of them for copies; 0 is a tenth of its filesystem. Default 0.
     pub cache_bytes: u64,
     /// How images are served on demand. Default `filesystem`.
     pub mode: ServeMode,
@@ -300,6 +307,7 @@ impl Default for Daemon {
             failure_ttl_s: 5,
             admin_uids: Vec::new(),
             spool_bytes: 50 << 30,
+            grant_s: 31 * 24 * 3600,
             log_format: LogFormat::Text,
         }
     }
@@ -310,7 +318,7 @@ impl Default for Api {
         Self {
             socket: "/run/berth/berthd.sock".into(),
             listen: None,
-            url: None,
+            url: Urls::default(),
             munge_socket: None,
         }
     }
@@ -353,6 +361,14 @@ impl Default for Limits {
             max_entries: 20_000_000,
             max_ratio: 200,
         }
+    }
+}
+
+impl Node {
+    /// Where a helper of this release is on standby for the plugin, which builds the same name.
+    pub fn step_socket(&self) -> PathBuf {
+        let name = concat!("step-", env!("CARGO_PKG_VERSION"), ".sock");
+        self.run_dir.join(name)
     }
 }
 

@@ -13,7 +13,7 @@ use berth_config::Config;
 use berth_image::{Digest, Platform};
 use tokio::sync::watch;
 
-use crate::catalogue::{Catalogue, ImageRow};
+use crate::catalogue::{Catalogue, ImageRow, Present};
 use crate::fetch::Fetcher;
 use crate::flight::Flights;
 use crate::metrics::Metrics;
@@ -52,7 +52,7 @@ impl Maker {
         resolver: Resolver,
         fetcher: Fetcher,
         sealer: Sealer,
-        catalogue: Catalogue,
+        (catalogue, present): (Catalogue, Present),
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
@@ -61,6 +61,7 @@ impl Maker {
                 fetcher,
                 sealer,
                 catalogue,
+                present,
                 metrics,
                 turns: Turns::new(config.daemon.parallel_conversions),
                 max_bytes: config.convert.limits.max_bytes,

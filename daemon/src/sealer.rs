@@ -73,12 +73,15 @@ impl Sealer {
         status
     }
 
-    /// Waits, for a bounded time, until the sealer answers.
+    /// Waits, for a bounded time, until the sealer answers. One that does not speak to this daemon's uid is not waited
+    /// for.
     pub async fn ready(&self) -> Result<Status, ErrorBody> {
         let end = Instant::now() + READY;
         loop {
             match self.status().await {
-                Err(_) if Instant::now() < end => tokio::time::sleep(AGAIN).await,
+                Err(e) if e.kind != ErrorKind::Denied && Instant::now() < end => {
+                    tokio::time::sleep(AGAIN).await;
+                }
                 other => return other,
             }
         }

@@ -15,7 +15,7 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::catalogue::{Bounds, Catalogue, CatalogueError, scan};
+use crate::catalogue::{Bounds, Catalogue, CatalogueError, Present, scan};
 use crate::convert::Maker;
 use crate::fetch::Fetcher;
 use crate::metrics::Metrics;
@@ -147,11 +147,14 @@ pub async fn run(
         if let Err(e) = begin(&app).await {
             return StartError::from(e);
         }
-        if sealer.ready().await.is_ok() {
-            notify::ready();
-            tracing::info!(socket = %config.api.socket.display(), "ready");
-        } else {
-            tracing::error!("the sealer does not answer: nothing can be pulled until it does");
+        // Without it what is in the store is served all the same: a second daemon on another machine has none.
+        let sealed = sealer.ready().await.is_ok();
+        notify::ready();
+        match sealed {
+            true => tracing::info!(socket = %config.api.socket.display(), "ready"),
+            false => {
+                tracing::error!("the sealer does not answer: nothing can be pulled until it does");
+            }
         }
         match tidy(&app).await {}
     };
@@ -188,6 +191,8 @@ pub(crate) async fn assemble(config: Arc<Config>) -> Result<Arc<App>, StartError
     let lock = lock_state(state_dir)?;
     let catalogue = Catalogue::open(state_dir).await?;
     check_same_store(&catalogue, &store).await?;
+    let keys = trusted_keys(&config);
+    let present = Present::new(catalogue.clone(), store.clone(), keys);
     let metrics = Arc::new(Metrics::default());
     let registries = Arc::new(Registries::new(&config));
     let fetcher = Fetcher::new(&config, registries.clone(), metrics.clone());
@@ -199,14 +204,14 @@ pub(crate) async fn assemble(config: Arc<Config>) -> Result<Arc<App>, StartError
         path: state_dir.clone(),
         source,
     })?;
-    let resolver = Resolver::new(&config, registries, catalogue.clone());
+    let resolver = Resolver::new(&config, registries, catalogue.clone(), present.clone());
     let sealer = Sealer::new(&config, &store.format().uuid, metrics.clone());
     let maker = Maker::new(
         &config,
         resolver.clone(),
         fetcher.clone(),
         sealer.clone(),
-        catalogue.clone(),
+        (catalogue.clone(), present.clone()),
         metrics.clone(),
     );
     let pulls = Pulls::new(
@@ -214,13 +219,14 @@ pub(crate) async fn assemble(config: Arc<Config>) -> Result<Arc<App>, StartError
         resolver.clone(),
         maker,
         sealer.clone(),
-        catalogue.clone(),
+        (catalogue.clone(), present.clone()),
         metrics.clone(),
     );
     Ok(Arc::new(App {
         config,
         store,
         catalogue,
+        present,
         resolver,
         fetcher,
         pulls,
@@ -234,8 +240,7 @@ pub(crate) async fn assemble(config: Arc<Config>) -> Result<Arc<App>, StartError
 
 /// Brings the catalogue into line with the store, and goes on with what the last daemon left.
 pub(crate) async fn begin(app: &App) -> Result<(), CatalogueError> {
-    let keys = Arc::new(trusted_keys(&app.config));
-    let scanned = scan(&app.catalogue, app.store.clone(), keys).await?;
+    let scanned = scan(&app.catalogue, app.store.clone(), app.present.keys()).await?;
     tracing::info!(
         added = scanned.added,
         removed = scanned.removed,

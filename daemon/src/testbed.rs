@@ -113,6 +113,15 @@ impl Site {
         app
     }
 
+    /// Another one over the same store and sealer, with a state of its own.
+    pub(crate) async fn second_daemon(&self) -> Arc<App> {
+        let mut config = self.config();
+        config.daemon.state_dir = self.dir.path().join("state-2");
+        let app = start::assemble(Arc::new(config)).await.unwrap();
+        start::begin(&app).await.unwrap();
+        app
+    }
+
     pub(crate) fn spool(&self, digest: &Digest) -> PathBuf {
         self.dir
             .path()
@@ -259,7 +268,7 @@ fn seal(
     );
     let dir = layout::image_dir(&record.manifest, &record.platform);
     store
-        .publish_bytes(&dir.join(record.file.name()), b"squashfs")
+        .publish_bytes(&dir.join(record.file.name()), &[7; 8192])
         .unwrap();
     store
         .publish_bytes(&dir.join(layout::RECORD), &record.seal(key).unwrap())

@@ -256,6 +256,20 @@ fn an_image_is_made_once_and_goes_when_it_is_removed() {
     assert_eq!(site.temps(), 0);
 }
 
+/// Two daemons may want the same image at the same time: each feeds it, one feeds the one that is made.
+#[test]
+fn of_two_who_want_the_same_at_once_one_is_served_with_the_others() {
+    let Some(site) = Site::new() else { return };
+    let site = site.with_store().start();
+    let both = std::thread::scope(|scope| {
+        let asked = [(), ()].map(|()| scope.spawn(|| site.seal(&layers()).unwrap()));
+        asked.map(|one| one.join().unwrap())
+    });
+    assert_eq!(both.iter().filter(|sealed| sealed.existing).count(), 1);
+    assert_eq!(both[0].record, both[1].record);
+    assert_eq!(site.temps(), 0);
+}
+
 #[test]
 fn a_bad_layer_leaves_nothing_and_is_named() {
     let Some(site) = Site::new() else { return };

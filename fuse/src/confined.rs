@@ -1,13 +1,23 @@
-//! The cage of a server whose image nobody sealed: a job's `--container=/path/my.sqsh`.
+//! The cages of servers, closed before an image's first byte is read.
 //!
-//! It is closed before the image's first byte is read. From then on the process has the descriptors it was given, memory
-//! and threads: Landlock denies every file, socket and signal beyond itself as far as the kernel knows how to, and
-//! seccomp answers ENOSYS to every system call that serving does not need. Nothing can be run in it, so there is no
-//! server to start anew: when a file kills its server, the mount is dead, for the job whose file it is.
+//! - [`enter`]: of one that serves a file of this machine: a job's `--container=/path/my.sqsh`, what `berth exec` and
+//!   `berth mount` open. From then on the process has the descriptors it was given, memory and threads: Landlock denies
+//!   every file, socket and signal beyond itself as far as the kernel knows how to, and seccomp answers ENOSYS to every
+//!   system call that serving does not need.
+//! - [`stay_in`]: of one that fetches its image, and looks at nothing that was not checked against a sealed root. It
+//!   needs names, certificates and connections, which libraries look for in many places, so it may read and connect;
+//!   Landlock leaves it nothing to write but its cache, nothing to run, and nobody to signal or trace.
+//!
+//! Nothing can be run in either, so a server that dies is started anew by who is outside; a job's file has nobody there:
+//! when it kills its server, the mount is dead, for the job whose file it is.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, Scope};
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetCreatedAttr, Scope,
+    path_beneath_rules,
+};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
@@ -34,6 +44,24 @@ fn landlock() -> Result<(), landlock::RulesetError> {
         .scope(Scope::AbstractUnixSocket | Scope::Signal)?
         .create()?
         .restrict_self()?;
+    Ok(())
+}
+
+/// Keeps this thread and all it will start from writing anywhere but below `folders`, from running programs, and from
+/// other processes; to be called before there are others.
+pub fn stay_in<'a>(folders: impl Iterator<Item = &'a Path>) -> Result<(), Failure> {
+    rustix::thread::set_no_new_privs(true)?;
+    let writing = AccessFs::from_write(ABI::V5);
+    let kept = Ruleset::default()
+        .handle_access(writing | AccessFs::Execute)
+        .and_then(|rules| rules.handle_access(AccessNet::BindTcp))
+        .and_then(|rules| rules.scope(Scope::AbstractUnixSocket | Scope::Signal))
+        .and_then(Ruleset::create)
+        .and_then(|rules| rules.add_rules(path_beneath_rules(folders, writing)))
+        .and_then(|rules| rules.restrict_self());
+    if let Err(error) = kept {
+        tracing::info!(%error, "no Landlock");
+    }
     Ok(())
 }
 
@@ -86,6 +114,8 @@ const ALLOWED: &[i64] = &[
     libc::SYS_mremap,
     libc::SYS_mprotect,
     libc::SYS_madvise,
+    // The image's tables, decoded once.
+    libc::SYS_memfd_create,
     // Threads.
     libc::SYS_futex,
     libc::SYS_set_robust_list,
@@ -116,6 +146,7 @@ mod tests {
     use std::process::Command;
     use std::thread;
 
+    use landlock::{CompatLevel, Compatible};
     use rustix::process::{getpid, getppid, test_kill_process};
 
     use super::*;
@@ -146,5 +177,36 @@ mod tests {
             thread::spawn(read).join().unwrap()
         });
         assert_eq!(caged.join().unwrap(), (*b"\x7fELF", true));
+    }
+
+    #[test]
+    fn who_fetches_writes_to_its_cache_only_and_runs_and_signals_nothing() {
+        let (cache, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (inside, outside) = (cache.path().join("x"), other.path().join("x"));
+        std::fs::write(&outside, "kept").unwrap();
+        let caged = thread::spawn(move || {
+            stay_in([cache.path()].into_iter()).unwrap();
+            std::fs::write(&inside, "fetched").unwrap();
+            assert_eq!(std::fs::read(&outside).unwrap(), b"kept");
+            UdpSocket::bind("127.0.0.1:0").unwrap();
+            // What the kernel's Landlock knows of it.
+            let written = std::fs::write(&outside, "changed");
+            let run = Command::new("/bin/true").spawn();
+            (
+                written.is_err(),
+                run.is_err(),
+                std::fs::read(&outside).unwrap(),
+            )
+        });
+        let (not_written, not_run, content) = caged.join().unwrap();
+        let required = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+        let asked = required.handle_access(AccessFs::from_all(ABI::V1));
+        if asked.and_then(Ruleset::create).is_err() {
+            assert!(std::env::var_os("CI").is_none(), "CI has Landlock");
+            eprintln!("left out: this kernel has no Landlock");
+            return;
+        }
+        assert!(not_written && not_run);
+        assert_eq!(content, b"kept");
     }
 }

@@ -5,7 +5,6 @@
 //! gives the same answers, which is what makes a takeover possible.
 
 use std::fs::File;
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -54,6 +53,16 @@ impl<S: ReadAt> ImageFs<S> {
     where
         S: 'static,
     {
+        let (fs, folder) = (Arc::clone(self), folder.map(Path::to_owned));
+        let thread = std::thread::Builder::new().name("tables".to_owned());
+        let started = thread.spawn(move || fs.decode_tables(folder.as_deref()));
+        if let Err(error) = started {
+            tracing::warn!(%error, "an image's tables are not kept decoded");
+        }
+    }
+
+    /// The same in this thread.
+    pub fn decode_tables(&self, folder: Option<&Path>) {
         let unnamed = |folder: &Path| {
             let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
             rustix::fs::open(folder, flags, Mode::RUSR | Mode::WUSR)
@@ -65,21 +74,20 @@ impl<S: ReadAt> ImageFs<S> {
                 TABLES_IN_MEMORY,
             ),
         };
-        let fs = Arc::clone(self);
-        let decode = move |file: File| match fs.reader.keep_tables_in(&file, most) {
+        let file = match file {
+            Ok(file) => File::from(file),
+            Err(error) => {
+                tracing::warn!(%error, "an image's tables are not kept decoded");
+                return;
+            }
+        };
+        match self.reader.keep_tables_in(&file, most) {
             Ok(true) => {}
             Ok(false) => tracing::info!("an image's tables are too big to keep decoded"),
             Err(error) => tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "an image's tables are not kept decoded"
             ),
-        };
-        let started = file.map_err(io::Error::from).and_then(|file| {
-            let thread = std::thread::Builder::new().name("tables".to_owned());
-            thread.spawn(move || decode(file.into()))
-        });
-        if let Err(error) = started {
-            tracing::warn!(%error, "an image's tables are not kept decoded");
         }
     }
 

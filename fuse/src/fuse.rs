@@ -19,6 +19,8 @@ pub enum Action {
 
 /// Largest read the kernel may send, in 4 KiB pages: 1 MiB.
 const MAX_PAGES: u16 = 256;
+/// Most bytes that the kernel may read ahead, should root tell it to.
+const MAX_READAHEAD: u32 = berth_mount::fuse::READ_AHEAD_KIB << 10;
 /// Largest WRITE: never sent, as the mount is read-only, but it bounds how big a request can be.
 const MAX_WRITE: u32 = 4096;
 /// Room that a request needs: the kernel refuses a smaller buffer.
@@ -117,7 +119,8 @@ fn negotiate(kernel: InitIn, out: &mut Vec<u8>) -> Result<(), Errno> {
     }
     out.u32(abi::MAJOR);
     out.u32(abi::MINOR.min(kernel.minor));
-    out.u32(kernel.max_readahead);
+    // The kernel takes what it offers, or what root has set meanwhile.
+    out.u32(MAX_READAHEAD.max(kernel.max_readahead));
     out.u32(WANTED & kernel.flags);
     // Requests in the background (readahead) at once, and how many count as congestion.
     out.extend_from_slice(&64u16.to_ne_bytes());

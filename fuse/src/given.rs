@@ -14,10 +14,8 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
-use berth_fuse::fs::ImageFs;
 use berth_fuse::holder::Held;
 use berth_fuse::slots;
-use berth_squashfs::read::{CacheSizes, Reader};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{
@@ -26,7 +24,7 @@ use rustix::net::{
 };
 
 use crate::lazy::Lazy;
-use crate::{Failure, Serving, confined, inherited, keep, serve_image};
+use crate::{Failure, Serving, check, check_apart, confined, inherited, keep, serve_image};
 
 /// Answers on `channel`, waits for the connection, and serves it.
 pub fn run(
@@ -40,10 +38,15 @@ pub fn run(
     let channel = inherited(channel)?;
     let image = image.map(inherited).transpose()?;
     let slots = slots::create()?;
-    if confined {
-        confined::enter()?;
-    }
-    let said = match check(serving, lazy, image.as_ref()) {
+    let checked = match confined {
+        true => {
+            confined::enter()?;
+            let copy = image.as_ref().map(OwnedFd::try_clone).transpose()?;
+            check(serving, lazy, copy)
+        }
+        false => check_apart(serving, lazy, image.as_ref()),
+    };
+    let said = match checked {
         Ok(()) => "k".to_owned(),
         Err(error) => format!("e{}", crate::told(error.as_ref())),
     };
@@ -62,14 +65,6 @@ pub fn run(
         image,
     };
     keep(serving, lazy, held)
-}
-
-/// Whether there is an image to serve.
-fn check(serving: Serving, lazy: &Lazy, image: Option<&OwnedFd>) -> Result<(), Failure> {
-    let copy = image.map(OwnedFd::try_clone).transpose()?;
-    let source = lazy.open(copy, serving.deadline())?;
-    ImageFs::new(Reader::open(source, CacheSizes::default())?)?;
-    Ok(())
 }
 
 fn say(channel: &OwnedFd, bytes: &[u8]) -> Result<(), Errno> {

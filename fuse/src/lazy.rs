@@ -16,7 +16,7 @@ use clap::Args;
 use crate::Failure;
 
 /// Where an image's bytes come from, besides its file. The variable BERTH_GRANT holds the grant to show to HTTP
-/// sources, where one is needed.
+/// sources, where one is needed, or one for each of several, in their order, with spaces between.
 #[derive(Args, Clone, Debug)]
 pub struct Lazy {
     /// The sealed root of the image's hash tree: every byte is checked against it.
@@ -56,10 +56,13 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// Writes what was read until now.
+    /// Writes what was read until now: a whole file, or none.
     pub fn finish(self) -> Result<(), Failure> {
         let trace = self.store.recorded().ok_or("nothing was recorded")??;
-        std::fs::write(&self.file, trace.to_json())
+        let mut part = self.file.clone().into_os_string();
+        part.push(".part");
+        std::fs::write(&part, trace.to_json())
+            .and_then(|()| std::fs::rename(&part, &self.file))
             .map_err(|error| format!("cannot write \"{}\": {error}", self.file.display()))?;
         Ok(())
     }
@@ -80,6 +83,26 @@ pub fn parse_root(text: &str) -> Result<Root, String> {
         *byte = u8::from_str_radix(&text[at * 2..at * 2 + 2], 16).map_err(|_| wrong())?;
     }
     Ok(Root(root))
+}
+
+/// What is shown to HTTP sources, in their order.
+#[derive(Debug)]
+struct Grants<'a>(Vec<&'a str>);
+
+impl<'a> Grants<'a> {
+    fn read(text: &'a str) -> Self {
+        let mut grants: Vec<&str> = text.split_whitespace().collect();
+        grants.reverse();
+        Self(grants)
+    }
+
+    /// The next source's; the last one is all the others' too.
+    fn next(&mut self) -> Option<&'a str> {
+        match self.0.len() {
+            0 | 1 => self.0.first().copied(),
+            _ => self.0.pop(),
+        }
+    }
 }
 
 impl Lazy {
@@ -167,8 +190,10 @@ impl Lazy {
         if let Some(image) = image {
             sources.push(Box::new(FileSource::new(image.into(), "the image file")));
         }
+        let given = std::env::var("BERTH_GRANT").unwrap_or_default();
+        let mut grants = Grants::read(&given);
         for source in &self.sources {
-            match self.source(source) {
+            match self.source(source, &mut grants) {
                 Ok(source) => sources.push(source),
                 Err(error) => tracing::warn!(source, %error, "a source is left out"),
             }
@@ -189,16 +214,36 @@ impl Lazy {
         Ok(ChunkStore::open(sealed, sources, cache.as_ref())?)
     }
 
-    fn source(&self, source: &str) -> Result<Box<dyn Source>, SourceError> {
+    fn source(
+        &self,
+        source: &str,
+        grants: &mut Grants<'_>,
+    ) -> Result<Box<dyn Source>, SourceError> {
         if source.contains("://") || source.starts_with('/') && source.contains(":/") {
-            let grant = std::env::var("BERTH_GRANT").ok();
             let proxy = self.proxy.as_deref();
-            return Ok(Box::new(HttpSource::new(source, grant.as_deref(), proxy)?));
+            return Ok(Box::new(HttpSource::new(source, grants.next(), proxy)?));
         }
         let file = File::open(Path::new(source)).map_err(|error| SourceError::Failed {
             source_name: source.to_owned(),
             what: error.to_string(),
         })?;
         Ok(Box::new(FileSource::new(file, source)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_grant_is_for_all_and_several_are_for_one_each() {
+        let shown = |text: &str| {
+            let mut grants = Grants::read(text);
+            [(), (), ()].map(|()| grants.next().map(str::to_owned))
+        };
+        let (a, b) = (Some("a".to_owned()), Some("b".to_owned()));
+        assert_eq!(shown(""), [None, None, None]);
+        assert_eq!(shown("a"), [a.clone(), a.clone(), a.clone()]);
+        assert_eq!(shown("a b"), [a, b.clone(), b]);
     }
 }

@@ -6,9 +6,9 @@ mod lazy;
 mod node;
 
 use std::fs::File;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -61,9 +61,19 @@ enum Verb {
         channel: RawFd,
         #[arg(long)]
         image: Option<RawFd>,
-        /// Serve a file that nobody sealed: in one process that can do nothing else.
+        /// Serve a file that nobody sealed: in one process that can do nothing else, and with nobody to start another.
         #[arg(long, requires = "image", conflicts_with = "verity_root")]
         confined: bool,
+    },
+    /// Say whether an image can be served: started by `mount` and `hold`, which do not look into it.
+    #[command(hide = true)]
+    Check {
+        #[command(flatten)]
+        serving: Serving,
+        #[command(flatten)]
+        lazy: Lazy,
+        #[arg(long)]
+        image: Option<RawFd>,
     },
     /// Serve all images of a node: started by `berth-node`, with a socket at descriptor 0.
     #[command(hide = true)]
@@ -157,6 +167,11 @@ fn main() -> ExitCode {
             image,
             confined,
         } => given::run(serving, &lazy, channel, image, confined),
+        Verb::Check {
+            serving,
+            lazy,
+            image,
+        } => run_check(serving, &lazy, image),
         Verb::Node { serving, node } => node::run(serving, node),
         Verb::Serve {
             serving,
@@ -195,19 +210,20 @@ fn run_mount(
 ) -> Result<(), Failure> {
     let file = match image == Path::new("-") {
         true => None,
-        false => Some(
-            File::open(image)
-                .map_err(|error| format!("cannot open \"{}\": {error}", image.display()))?,
-        ),
+        false => Some(OwnedFd::from(File::open(image).map_err(|error| {
+            format!("cannot open \"{}\": {error}", image.display())
+        })?)),
     };
     // Say what is wrong with an image before anything is mounted.
-    let copy = file.as_ref().map(File::try_clone).transpose()?;
-    let source = lazy.open(copy.map(OwnedFd::from), serving.deadline())?;
-    ImageFs::new(Reader::open(source, CacheSizes::default())?)?;
+    check_apart(serving, lazy, file.as_ref())?;
     let device = match mount::open_device()
         .map_err(mount::MountError::from)
         .and_then(|device| {
             let detached = mount::detached(device.as_fd())?;
+            // Root's to say.
+            if let Err(error) = mount::read_further_ahead(detached.as_fd()) {
+                tracing::debug!(%error, "the kernel reads ahead as it likes");
+            }
             mount::attach(detached.as_fd(), folder)?;
             Ok(device)
         }) {
@@ -222,7 +238,7 @@ fn run_mount(
     let held = Held {
         device,
         slots: slots::create()?,
-        image: file.map(OwnedFd::from),
+        image: file,
     };
     keep(serving, lazy, held)
 }
@@ -256,6 +272,56 @@ fn keep(serving: Serving, lazy: &Lazy, held: Held) -> Result<(), Failure> {
     }
 }
 
+/// Whether there is an image to serve.
+fn check(serving: Serving, lazy: &Lazy, image: Option<OwnedFd>) -> Result<(), Failure> {
+    let source = lazy.open(image, serving.deadline())?;
+    ImageFs::new(Reader::open(source, CacheSizes::default())?)?;
+    Ok(())
+}
+
+/// The same by a process of its own, caged as servers are: this one lives on and starts programs, and looks into nothing
+/// that strangers made.
+fn check_apart(serving: Serving, lazy: &Lazy, image: Option<&OwnedFd>) -> Result<(), Failure> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .arg("check")
+        .args(lazy.arguments())
+        .args(["--deadline", &serving.deadline.to_string()]);
+    if let Some(image) = image {
+        rustix::io::fcntl_setfd(image, rustix::io::FdFlags::empty())?;
+        command.args(["--image", &image.as_raw_fd().to_string()]);
+    }
+    let output = command.stdin(Stdio::null()).output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let why = said.lines().find_map(|line| line.strip_prefix("berth: "));
+    Err(match why {
+        Some(why) => why.into(),
+        None => format!("the image cannot be looked at ({})", output.status).into(),
+    })
+}
+
+fn run_check(serving: Serving, lazy: &Lazy, image: Option<RawFd>) -> Result<(), Failure> {
+    let image = image.map(inherited).transpose()?;
+    cage(lazy)?;
+    check(serving, lazy, image)
+}
+
+/// Closes the cage that fits where the image's bytes come from.
+fn cage(lazy: &Lazy) -> Result<(), Failure> {
+    match lazy.verity_root {
+        None => confined::enter(),
+        Some(_) => {
+            let here = |folder: &'_ Path| folder.as_os_str().is_empty();
+            let record = lazy.record.as_deref().and_then(Path::parent);
+            let record = record.map(|folder| if here(folder) { Path::new(".") } else { folder });
+            confined::stay_in(lazy.cache.as_deref().into_iter().chain(record))
+        }
+    }
+}
+
 fn run_serve(
     serving: Serving,
     lazy: &Lazy,
@@ -267,6 +333,7 @@ fn run_serve(
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
     let (device, slots) = (inherited(device)?, inherited(slots)?);
     let image = image.map(inherited).transpose()?;
+    cage(lazy)?;
     let (source, recording) = lazy.open_to_serve(image, serving.deadline())?;
     serve_image(serving, lazy, source, device, slots)?;
     recording.map_or(Ok(()), Recording::finish)
@@ -285,7 +352,10 @@ fn serve_image(
         Mode::Filesystem => {
             let reader = Reader::open(source, CacheSizes::default())?;
             let fs = Arc::new(ImageFs::new(reader)?.owned_by(serving.owner));
-            fs.keep_tables(lazy.cache.as_deref());
+            // What is recorded is what a start reads, not the tables of all files.
+            if lazy.record.is_none() {
+                fs.keep_tables(lazy.cache.as_deref());
+            }
             fs
         }
     };

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use berth_mount::fuse::FuseError;
-pub use berth_mount::fuse::{detached, open_device};
+pub use berth_mount::fuse::{detached, open_device, read_further_ahead};
 use rustix::fs::CWD;
 use rustix::io::{Errno, FdFlags};
 use rustix::mount::{MoveMountFlags, move_mount};

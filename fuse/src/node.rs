@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use berth_fuse::block::BlockFs;
 use berth_fuse::chunks::{
     Cache, ChunkStore, FileSource, HttpSource, Policy, Sealed, Source, Sources, Stats,
+    start_is_over,
 };
 use berth_fuse::filesystem::FileSystem;
 use berth_fuse::fs::ImageFs;
@@ -69,6 +70,8 @@ struct Server {
     options: Options,
     proxy: Option<String>,
     cache: Option<Arc<Cache>>,
+    /// The cache's folder.
+    folder: PathBuf,
     caches: Arc<Caches>,
     beside: Policy,
     state: Mutex<State>,
@@ -115,6 +118,7 @@ pub fn run(serving: Serving, node: Everything) -> Result<(), Failure> {
         },
         proxy: node.proxy,
         cache,
+        folder: node.cache,
         caches: Arc::new(Caches::new(CACHES)),
         beside: Policy {
             record: (node.record > 0).then(|| Duration::from_secs(node.record)),
@@ -127,6 +131,16 @@ pub fn run(serving: Serving, node: Everything) -> Result<(), Failure> {
         match decode::<Order>(&packet.bytes) {
             Ok(Order::Serve(served)) => server.begin(served, packet.descriptors)?,
             Ok(Order::Renew { id, sources }) => server.renew(id, sources),
+            Ok(Order::Limit { bytes }) => {
+                if let Some(cache) = &server.cache {
+                    cache.set_limit(bytes);
+                }
+            }
+            Ok(Order::Copied { id }) => {
+                if let Some(mounted) = server.state().mounted.get(&id) {
+                    mounted.store.spare();
+                }
+            }
             Ok(Order::Tell) => server.tell(),
             Err(why) => return Err(why.into()),
         }
@@ -197,7 +211,7 @@ impl Server {
 
     /// The life of one image here.
     fn serve(
-        &self,
+        self: &Arc<Self>,
         served: &Served,
         device: OwnedFd,
         memory: &OwnedFd,
@@ -221,7 +235,7 @@ impl Server {
         };
         let session = Session::new(fs, device, slots::map(memory)?, self.options);
         let mounted = Mounted {
-            store,
+            store: Arc::clone(&store),
             session: Arc::clone(&session),
         };
         let mut state = self.state();
@@ -231,6 +245,13 @@ impl Server {
         state.mounted.insert(id, mounted);
         drop(state);
         self.report(&Report::Ready { id });
+        let tells = Arc::downgrade(self);
+        store.when_whole(move || {
+            if let Some(server) = tells.upgrade() {
+                server.report(&Report::Whole { id });
+            }
+        });
+        drop(store);
         let end = session.run();
         let mut state = self.state();
         if let Some(mounted) = state.mounted.remove(&id) {
@@ -261,7 +282,7 @@ impl Server {
         let renewed = self.state().renewed.get(&served.id).cloned();
         for source in renewed.as_ref().unwrap_or(&served.sources) {
             let proxy = self.proxy.as_deref();
-            match HttpSource::new(&source.at, source.grant.as_deref(), proxy) {
+            match HttpSource::of_daemon(&source.at, source.grant.as_deref(), proxy) {
                 Ok(source) => sources.push(Box::new(source)),
                 Err(error) => tracing::warn!(source = source.at, %error, "a source is left out"),
             }
@@ -274,8 +295,35 @@ impl Server {
             return Ok((store, Arc::new(fs)));
         }
         let reader = Reader::open_in(Arc::clone(&store), Arc::clone(&self.caches))?;
-        let fs = ImageFs::new(reader)?;
-        Ok((store, Arc::new(fs)))
+        let fs = Arc::new(ImageFs::new(reader)?);
+        if image.is_some() || self.beside.fill.is_some() {
+            self.keep_tables(&store, &fs);
+        }
+        Ok((store, fs))
+    }
+
+    /// Keeps an image's tables decoded in a file, once its start is over: a start reads a little of them, which the
+    /// caches hold, and is not to wait behind the rest, nor to have it in its trace. For an image that is fetched from
+    /// afar as it is read they would be megabytes that nobody asked for: its tables stay in the caches.
+    fn keep_tables(&self, store: &Arc<ChunkStore>, fs: &Arc<ImageFs<Arc<ChunkStore>>>) {
+        /// One image at a time: each takes a MiB of memory meanwhile.
+        static TURN: Mutex<()> = Mutex::new(());
+        let (store, fs) = (Arc::downgrade(store), Arc::downgrade(fs));
+        let folder = self.folder.clone();
+        let start = self.beside.record.unwrap_or_default();
+        let thread = std::thread::Builder::new().name("tables".to_owned());
+        let started = thread.spawn(move || {
+            if !start_is_over(&store, start) {
+                return;
+            }
+            let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(fs) = fs.upgrade() {
+                fs.decode_tables(Some(&folder));
+            }
+        });
+        if let Err(error) = started {
+            tracing::warn!(%error, "an image's tables are not kept decoded");
+        }
     }
 
     fn tell(&self) {

@@ -287,7 +287,12 @@ impl Session {
         match rustix::io::writev(&self.device, &parts) {
             // Interrupted, answered by an earlier server, or unmounted.
             Ok(_) | Err(Errno::NOENT | Errno::NODEV) => {}
-            Err(error) => tracing::warn!(unique, %error, "an answer was not taken"),
+            Err(error) => {
+                tracing::warn!(unique, %error, "an answer was not taken");
+                // Whoever asked is still waiting; an error is little enough to be taken.
+                let header = out_header(unique, Errno::IO.raw_os_error(), 0);
+                let _ = rustix::io::write(&self.device, &header);
+            }
         }
     }
 }

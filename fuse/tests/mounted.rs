@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use berth_fuse::chunks::{FileSource, Source, Sources};
 use berth_squashfs::read::{CacheSizes, Reader};
 
 struct Mount {
@@ -251,6 +252,91 @@ fn block_mode_carries_the_kernels_own_driver_and_outlives_its_server() {
     }
     assert!(shown.unwrap() == mount.expected());
     mount.unmount();
+}
+
+/// A process that is stopped until this is dropped: after a failure too, or whoever closes a file of its mount would hang.
+struct Stopped(rustix::process::Pid);
+
+impl Stopped {
+    fn new(pid: rustix::process::Pid) -> Self {
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+        let stopped = Self(pid);
+        // Each thread stops when it is on its way out of the kernel next: until then it may answer.
+        let bound = Instant::now() + Duration::from_secs(20);
+        while !stopped.is_so() {
+            assert!(Instant::now() < bound, "it goes on");
+            std::thread::yield_now();
+        }
+        stopped
+    }
+
+    fn is_so(&self) -> bool {
+        let tasks = format!("/proc/{}/task", self.0.as_raw_pid());
+        std::fs::read_dir(tasks).unwrap().all(|task| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+            stat.rsplit(") ").next().unwrap().starts_with('T')
+        })
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = rustix::process::kill_process(self.0, rustix::process::Signal::CONT);
+    }
+}
+
+/// A store that hangs under its readers: the image lies in a mount whose server is stopped.
+#[test]
+fn a_filesystem_that_hangs_lets_the_next_source_answer_and_is_asked_again_when_it_is_back() {
+    let Some(mount) = Mount::new(|image| vec!["--mode=block".into(), image.into()]) else {
+        return;
+    };
+    let file = |path: &Path| -> Box<dyn Source> {
+        let file = File::open(path).unwrap();
+        Box::new(FileSource::new(file, path.to_string_lossy()))
+    };
+    let store = file(&mount.folder.join("image"));
+    let size = std::fs::metadata(&mount.image).unwrap().len().min(1 << 18);
+    let bytes = std::fs::read(&mount.image).unwrap();
+    let sources = Sources::new(vec![store, file(&mount.image)], Duration::from_secs(6));
+    let fetch = || {
+        let mut got = Vec::new();
+        let until = Instant::now() + sources.patience();
+        let fetched = sources.fetch(0..size, 1 << 16, until, &mut |_, part| {
+            got.extend_from_slice(part);
+            true
+        });
+        fetched.unwrap();
+        assert!(got == bytes[..size as usize]);
+        sources.fetched()[0].1
+    };
+    let stopped = Stopped::new(mount.server().unwrap());
+    assert_eq!(fetch(), 0);
+    // Nobody waits for it a second time, however long ago the first was: another fetch would leave another thread there.
+    for _ in 0..100 {
+        assert_eq!(fetch(), 0);
+    }
+    let bound = Instant::now() + Duration::from_secs(20);
+    while fetching() != 1 {
+        assert!(Instant::now() < bound, "it was waited for");
+        std::thread::yield_now();
+    }
+    drop(stopped);
+    let bound = Instant::now() + Duration::from_secs(30);
+    while fetch() == 0 {
+        assert!(Instant::now() < bound, "it is not asked again");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(sources);
+    mount.unmount();
+}
+
+/// Threads of this process that read a source's file; those of fetches that have ended go a moment later.
+fn fetching() -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names =
+        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.trim_end() == "file").count()
 }
 
 fn loop_is_on(file: &Path) -> bool {

@@ -9,8 +9,12 @@
 
 mod image;
 mod memory;
+mod plugin;
 mod seal;
 mod targets;
+
+// The plugin's modules know it by this name.
+use plugin::names;
 
 use std::sync::OnceLock;
 

@@ -9,6 +9,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::shown::clip;
+
 /// A SHA-256 digest, written `sha256:<64 lowercase hex digits>` (OCI image-spec, descriptor.md, "Digests").
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -128,15 +130,6 @@ pub fn unhex<const N: usize>(digits: &str) -> Option<[u8; N]> {
         *byte = value(pair[0])? << 4 | value(pair[1])?;
     }
     Some(out)
-}
-
-/// What of a user's string goes into an error line: its start, control characters made visible.
-pub(crate) fn clip(s: &str) -> String {
-    let mut out: String = s.chars().take(120).flat_map(char::escape_default).collect();
-    if s.chars().nth(120).is_some() {
-        out.push('…');
-    }
-    out
 }
 
 #[cfg(test)]

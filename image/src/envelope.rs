@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::key::{KeyId, PrivateKey, PublicKey};
+use crate::shown::{clip, parse_error};
 
 /// Media type of an in-toto statement.
 pub const PAYLOAD_TYPE: &str = "application/vnd.in-toto+json";
@@ -93,11 +94,9 @@ pub fn open<T: DeserializeOwned>(
         return Err(EnvelopeError::TooLarge);
     }
     let envelope: Envelope =
-        serde_json::from_slice(bytes).map_err(|e| EnvelopeError::Malformed(e.to_string()))?;
+        serde_json::from_slice(bytes).map_err(|e| EnvelopeError::Malformed(parse_error(&e)))?;
     if envelope.payload_type != PAYLOAD_TYPE {
-        return Err(EnvelopeError::PayloadType(crate::digest::clip(
-            &envelope.payload_type,
-        )));
+        return Err(EnvelopeError::PayloadType(clip(&envelope.payload_type)));
     }
     let payload = STANDARD
         .decode(&envelope.payload)
@@ -111,7 +110,7 @@ pub fn open<T: DeserializeOwned>(
         match STANDARD.decode(&signature.sig) {
             Ok(sig) if key.verifies(&message, &sig) => {
                 let statement = serde_json::from_slice(&payload)
-                    .map_err(|e| EnvelopeError::Content(e.to_string()))?;
+                    .map_err(|e| EnvelopeError::Content(parse_error(&e)))?;
                 return Ok((statement, key.id()));
             }
             _ => refused = Some(key.id()),
@@ -134,7 +133,7 @@ fn signers(envelope: &Envelope) -> String {
         .map(|s| {
             format!(
                 "key {}",
-                crate::digest::clip(&s.keyid.chars().take(16).collect::<String>())
+                clip(&s.keyid.chars().take(16).collect::<String>())
             )
         })
         .collect();

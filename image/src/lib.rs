@@ -9,6 +9,7 @@ pub mod layout;
 pub mod platform;
 pub mod record;
 pub mod reference;
+pub mod shown;
 pub mod store;
 pub mod trace;
 

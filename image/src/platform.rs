@@ -94,7 +94,7 @@ impl FromStr for Platform {
                     variant: rest.first().map(|v| (*v).into()),
                 })
             }
-            _ => Err(PlatformError(crate::digest::clip(s))),
+            _ => Err(PlatformError(crate::shown::clip(s))),
         }
     }
 }

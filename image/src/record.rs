@@ -226,11 +226,11 @@ fn open<P: serde::de::DeserializeOwned>(
     if statement.kind != STATEMENT || statement.predicate_type != kind {
         return Err(EnvelopeError::Content(format!(
             "it is a `{}`, expected a `{kind}`",
-            crate::digest::clip(&statement.predicate_type)
+            crate::shown::clip(&statement.predicate_type)
         )));
     }
     let predicate = serde_json::from_value(statement.predicate)
-        .map_err(|e| EnvelopeError::Content(e.to_string()))?;
+        .map_err(|e| EnvelopeError::Content(crate::shown::parse_error(&e)))?;
     Ok((predicate, id))
 }
 

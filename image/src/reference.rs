@@ -9,7 +9,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::digest::{Digest, DigestError, clip};
+use crate::digest::{Digest, DigestError};
+use crate::shown::clip;
 
 /// Longest `registry/repository` accepted (distribution-spec, "Pulling manifests").
 const MAX_NAME: usize = 255;

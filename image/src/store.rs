@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, fsync, mkdirat, openat, renameat, statat, unlinkat};
 use rustix::io::Errno;
 
-use crate::digest::{Digest, clip, hex};
+use crate::digest::{Digest, hex};
 use crate::layout;
 use crate::platform::Platform;
 use crate::reference::ImageRef;
+use crate::shown::clip;
 
 const FIRST_LINE: &str = "berth-store 1";
 
@@ -321,9 +322,14 @@ impl Store {
     }
 
     fn exists(&self, relative: &Path) -> io::Result<bool> {
+        Ok(self.size_of(relative)?.is_some())
+    }
+
+    /// Bytes of a file; `None` where there is none.
+    pub fn size_of(&self, relative: &Path) -> io::Result<Option<u64>> {
         match statat(&self.root, relative, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(_) => Ok(true),
-            Err(Errno::NOENT) => Ok(false),
+            Ok(found) => Ok(Some(found.st_size as u64)),
+            Err(Errno::NOENT) => Ok(None),
             Err(e) => Err(e.into()),
         }
     }

@@ -8,6 +8,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::hex;
+use crate::shown::parse_error;
 
 /// Bytes of a chunk, the unit in which nodes fetch and traces count.
 pub const CHUNK: u64 = 64 << 10;
@@ -65,7 +66,7 @@ impl Trace {
             return Err(TraceError::Form(format!("larger than {MAX_TRACE} bytes")));
         }
         let json: Json =
-            serde_json::from_slice(text).map_err(|error| TraceError::Form(error.to_string()))?;
+            serde_json::from_slice(text).map_err(|error| TraceError::Form(parse_error(&error)))?;
         if json.format != 1 || json.chunk_bytes != CHUNK {
             return Err(TraceError::Form("of another format".to_owned()));
         }

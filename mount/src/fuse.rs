@@ -6,7 +6,9 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, ftruncate, memfd_create};
+use rustix::fs::{
+    AtFlags, MemfdFlags, Mode, OFlags, SealFlags, StatxFlags, ftruncate, memfd_create, statx,
+};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
@@ -18,6 +20,11 @@ use thiserror::Error;
 pub const SLOTS: usize = 16;
 /// Bytes of a slot: 64 for the server's own use, and room for a request as large as the kernel wants it.
 pub const SLOT: usize = 64 + 8192;
+
+/// KiB that the kernel reads ahead of who reads in order, where root says so; 128 otherwise. It begins with a few pages
+/// and doubles, and reads nothing ahead of who reads here and there; but around a page of a mapped file that is missing
+/// it reads so much at once, which may have to come from far. And the sixteen requests of a mount have a buffer each.
+pub const READ_AHEAD_KIB: u32 = 512;
 
 /// Why there is no mount.
 #[derive(Debug, Error)]
@@ -70,6 +77,19 @@ pub fn detached(device: BorrowedFd<'_>) -> Result<OwnedFd, FuseError> {
         | MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV;
     fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(failed("mount FUSE"))
+}
+
+/// Has the kernel read further ahead on a mount; for root. The server has to allow as much when it answers INIT.
+///
+/// # Errors
+/// The system's: a `/sys` that is not there or read-only, say.
+pub fn read_further_ahead(mount: BorrowedFd<'_>) -> io::Result<()> {
+    // Nothing that the server would have to be asked for: it may not run yet.
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let facts = statx(mount, "", flags, StatxFlags::empty())?;
+    let (major, minor) = (facts.stx_dev_major, facts.stx_dev_minor);
+    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    std::fs::write(path, READ_AHEAD_KIB.to_string())
 }
 
 /// Memory for the requests in work on one connection; its size can no longer change.

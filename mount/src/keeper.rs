@@ -78,20 +78,23 @@ pub struct MountRequest {
 pub struct Source {
     /// `http://HOST:PORT/…`, or `SOCKET:/PATH` with the path of a Unix socket.
     pub at: String,
-    /// What lets its bearer read there.
+    /// What lets its bearer read there. Without one it is not asked until a later request brings one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grant: Option<String>,
+    /// Until when it does, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<u64>,
 }
 
 /// By whom an image is to be served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
-    /// By the kernel's driver if there is a file, else on demand.
+    /// By the kernel's driver if there is a file, or a copy of the node's own, else on demand.
     Auto,
     /// By the kernel's driver.
     Kernel,
-    /// On demand, through FUSE.
+    /// On demand, through FUSE, whatever is at hand.
     Lazy,
 }
 
@@ -169,6 +172,20 @@ pub struct Status {
     pub server: Option<u32>,
     /// Each mount.
     pub mounts: Vec<MountStatus>,
+    /// Whole images on this node.
+    #[serde(default)]
+    pub copies: Copies,
+}
+
+/// Images that are whole on this node, verified and owned by root ([`How::Cache`]).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Copies {
+    /// How many may be mounted.
+    pub count: usize,
+    /// Bytes of all of them, and of those that have to be verified again first.
+    pub bytes: u64,
+    /// Most bytes; 0 as long as there never was one.
+    pub limit: u64,
 }
 
 /// One mount.
@@ -298,7 +315,7 @@ fn exchange(
     };
     let of_io = |error: io::Error| match error.kind() {
         io::ErrorKind::TimedOut => KeeperError::Slow,
-        _ => absent(error.to_string()),
+        _ => absent(plain(&error)),
     };
     let packets = connect(socket, deadline).map_err(of_io)?;
     let bytes = encode(request).map_err(of_io)?;
@@ -308,6 +325,15 @@ fn exchange(
     let Packet { bytes, descriptors } = packet.ok_or_else(|| absent("it hung up".into()))?;
     let answer = decode(&bytes).map_err(|why| absent(why.to_owned()))?;
     Ok((answer, descriptors, packets))
+}
+
+/// The system's words without its number.
+fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error") {
+        Some((words, _)) => words.to_lowercase(),
+        None => text,
+    }
 }
 
 /// An answer that is not the one asked for.

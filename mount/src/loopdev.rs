@@ -62,6 +62,14 @@ impl LoopDevice {
         Ok(device)
     }
 
+    /// The loop device of `image` that is there already, if one is.
+    ///
+    /// # Errors
+    /// When `image` is nothing that a device could serve.
+    pub fn find(image: ImageFile<'_>) -> Result<Option<LoopDevice>, MountError> {
+        Ok(Wanted::new(image)?.find())
+    }
+
     /// A new mount of the image, read-only, nosuid, nodev, attached nowhere. Mounts of one device share the page cache.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! What the keeper and the process that serves images on demand say to each other, in packets.
 //!
 //! The server is the unprivileged side: nothing it says makes the keeper do more than stop waiting for a mount, count,
-//! or let go of one. It may die at any moment; another one gets every mount again, with the same descriptors.
+//! let go of one, or look at what it has of an image. It may die at any moment; another one gets every mount again, with the same descriptors.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,16 @@ pub enum Order {
         id: u64,
         /// Its sources.
         sources: Vec<Source>,
+    },
+    /// Keep at most so many bytes in the cache from now on: the keeper's copies take the rest.
+    Limit {
+        /// Of all images.
+        bytes: u64,
+    },
+    /// The keeper has a copy of all of this one: what the cache has of it goes first when room is wanted.
+    Copied {
+        /// Which.
+        id: u64,
     },
     /// Say how it stands: [`Report::Standing`].
     Tell,
@@ -48,13 +58,16 @@ pub struct Served {
 }
 
 impl Served {
-    /// Takes the grants of a later request over; whether one was another.
+    /// Takes those grants of a later request over that last longer: a job that goes on does not end with a shorter
+    /// one's. Whether there was one.
     pub fn renew(&mut self, sources: &[Source]) -> bool {
         let mut changed = false;
         for source in sources.iter().filter(|source| source.grant.is_some()) {
             for mine in self.sources.iter_mut().filter(|mine| mine.at == source.at) {
-                changed |= mine.grant != source.grant;
-                mine.grant.clone_from(&source.grant);
+                if mine.grant.is_none() || mine.until < source.until {
+                    mine.clone_from(source);
+                    changed = true;
+                }
             }
         }
         changed
@@ -82,7 +95,7 @@ pub enum Report {
         /// Which.
         id: u64,
     },
-    /// The image is whole and verified in the cache, under this name in the cache's folder.
+    /// Every chunk of the image, its hash tree's too, was checked and lies in the cache: the keeper may want a copy.
     Whole {
         /// Which.
         id: u64,
@@ -104,26 +117,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_later_grant_takes_the_place_of_the_same_sources_first() {
-        let source = |at: &str, grant: Option<&str>| Source {
+    fn a_grant_gives_way_to_one_of_the_same_source_that_lasts_longer() {
+        let source = |at: &str, grant: Option<(&str, u64)>| Source {
             at: at.into(),
-            grant: grant.map(str::to_owned),
+            grant: grant.map(|(grant, _)| grant.to_owned()),
+            until: grant.map(|(_, until)| until),
         };
         let mut served = Served {
             id: 1,
             digest: "sha256:00".into(),
             verity_root: "ab".repeat(32),
             hash_offset: 4096,
-            sources: vec![source("http://a/", Some("old")), source("http://b/", None)],
+            sources: vec![source("http://a/", None), source("http://b/", None)],
             block: false,
             taken_over: false,
         };
-        assert!(!served.renew(&[source("http://a/", None), source("http://c/", Some("x"))]));
-        assert!(served.renew(&[source("http://a/", Some("new"))]));
-        assert!(!served.renew(&[source("http://a/", Some("new"))]));
+        assert!(!served.renew(&[
+            source("http://a/", None),
+            source("http://c/", Some(("x", 9)))
+        ]));
+        for (grant, until, taken) in [
+            ("first", 5, true),
+            ("again", 5, false),
+            ("shorter", 4, false),
+            ("longer", 6, true),
+        ] {
+            let said = served.renew(&[source("http://a/", Some((grant, until)))]);
+            assert_eq!(said, taken, "{grant}");
+        }
         assert_eq!(
             served.sources,
-            [source("http://a/", Some("new")), source("http://b/", None)]
+            [
+                source("http://a/", Some(("longer", 6))),
+                source("http://b/", None)
+            ]
         );
     }
 }

@@ -6,6 +6,7 @@ use berth_mount::keeper::MountRequest;
 use rustix::fs::{FileType, fstat};
 use serde::{Deserialize, Serialize};
 
+use crate::copies::Id;
 use crate::setup::Failure;
 
 /// What a kept mount is a mount of. Two requests share one only if they agree in all of it.
@@ -25,6 +26,8 @@ pub(crate) enum Bytes {
     File(u64, u64),
     /// Served on demand, from wherever: every byte is checked against the root.
     Demand,
+    /// Root's own copy on this node, mounted by the kernel.
+    Copy,
 }
 
 impl Key {
@@ -54,6 +57,22 @@ impl Key {
         })
     }
 
+    /// What a copy of the same image is a copy of.
+    pub(crate) fn id(&self) -> Id {
+        Id {
+            root: self.root,
+            data: self.hash_offset,
+        }
+    }
+
+    /// The same image, with its bytes from there.
+    pub(crate) fn with(&self, bytes: Bytes) -> Self {
+        Self {
+            bytes,
+            ..self.clone()
+        }
+    }
+
     /// The image on demand.
     pub(crate) fn of_root(request: &MountRequest) -> Result<Self, Failure> {
         Ok(Self {
@@ -64,7 +83,8 @@ impl Key {
     }
 }
 
-fn root(hex: &str) -> Result<[u8; 32], Failure> {
+/// A root from its hexadecimal digits.
+pub(crate) fn root(hex: &str) -> Result<[u8; 32], Failure> {
     let wrong = || Failure::new(Failure::INTERNAL, "a verity root that is none");
     let mut root = [0; 32];
     if hex.len() != 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
@@ -74,6 +94,11 @@ fn root(hex: &str) -> Result<[u8; 32], Failure> {
         *byte = u8::from_str_radix(&hex[at * 2..at * 2 + 2], 16).map_err(|_| wrong())?;
     }
     Ok(root)
+}
+
+/// How the loop device of an image is named.
+pub(crate) fn label(root_hex: &str) -> String {
+    format!("berth-{}", root_hex.get(..48).unwrap_or_default())
 }
 
 #[cfg(test)]

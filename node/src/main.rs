@@ -8,11 +8,13 @@
 //! - [`table`]: what is kept, and what goes when: pure decisions;
 //! - [`den`]: the mount namespace of its own in which kept mounts hang;
 //! - [`places`]: where users find images; [`finder`] looks for them with their rights;
+//! - [`copies`]: images that are whole on this node, verified and owned by root;
 //! - [`server`]: root's side of the unprivileged process;
 //! - [`service`]: requests and their answers;
 //! - [`shelf`]: what the next keeper finds;
 //! - [`signals`]: how it is told to stop.
 
+mod copies;
 mod den;
 mod finder;
 mod image;

@@ -9,13 +9,13 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use berth_config::{NodeService, ServeMode};
-use berth_mount::fuse::{detached, open_device, request_memory};
+use berth_mount::fuse::{detached, open_device, read_further_ahead, request_memory};
 use berth_mount::keeper::{MountRequest, Source, decode, encode};
 use berth_mount::packets::Packets;
 use berth_mount::serving::{Order, Report, Served};
@@ -23,6 +23,7 @@ use nix::unistd::User;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::copies::of_chunks;
 use crate::setup::{Failure, program};
 use crate::shelf::{Left, Shelf};
 
@@ -106,6 +107,8 @@ pub(crate) struct Server {
     program: PathBuf,
     arguments: Vec<String>,
     cache: PathBuf,
+    /// What copies of whole images leave to the cache, where there are any.
+    limit: Mutex<Option<u64>>,
     user: Result<(u32, u32), String>,
     /// Images are served as one file each.
     pub(crate) block: bool,
@@ -114,8 +117,15 @@ pub(crate) struct Server {
     changed: Condvar,
 }
 
-/// What the loop of the service has to know.
-pub(crate) type Ended = dyn Fn(u64) + Send;
+/// What the service has to know.
+pub(crate) enum News {
+    /// Nobody answers for this one any more.
+    Ended(u64),
+    /// The server says that it has all of this one.
+    Whole(Served),
+}
+
+pub(crate) type Hears = dyn Fn(News) + Send;
 
 impl Server {
     /// Starts nothing yet. A user that does not exist is told to those who ask for an image on demand.
@@ -127,7 +137,6 @@ impl Server {
         let own = std::env::current_exe().map_err(|e| Failure::system("own path", e))?;
         let mut arguments = vec![
             "node".to_owned(),
-            format!("--cache={}", service.cache_dir.display()),
             format!("--deadline={}", DEADLINE.as_secs()),
         ];
         if service.cache_bytes > 0 {
@@ -140,6 +149,7 @@ impl Server {
             program: program(&own, "berth-fuse"),
             arguments,
             cache: service.cache_dir.clone(),
+            limit: Mutex::default(),
             user: user(&service.user),
             block: service.mode == ServeMode::Block,
             shelf,
@@ -167,6 +177,9 @@ impl Server {
         };
         let device = open_device().map_err(|e| system(&e))?;
         let tree = detached(device.as_fd()).map_err(|e| system(&e))?;
+        if let Err(error) = read_further_ahead(tree.as_fd()) {
+            tracing::debug!(%error, "the kernel reads ahead as it likes");
+        }
         let memory = request_memory().map_err(|e| system(&e))?;
         let mut state = self.state();
         let id = state.next;
@@ -242,8 +255,32 @@ impl Server {
         }
     }
 
-    /// The life of the thread that keeps a server running; `ended` hears of images that are served no more.
-    pub(crate) fn run(&self, ended: &Ended) {
+    /// The cache may take so many bytes from now on.
+    pub(crate) fn limit_cache(&self, bytes: u64) {
+        if self.limit().replace(bytes) != Some(bytes) {
+            self.order(&Order::Limit { bytes });
+        }
+    }
+
+    fn limit(&self) -> MutexGuard<'_, Option<u64>> {
+        self.limit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There is a copy of an image that the server has all of.
+    pub(crate) fn copied(&self, id: u64) {
+        self.order(&Order::Copied { id });
+    }
+
+    /// The next server would not miss it.
+    fn order(&self, order: &Order) {
+        let link = self.state().link.clone();
+        if let (Some(link), Ok(order)) = (link, encode(order)) {
+            let _ = link.send(&order, &[], Instant::now() + SAYING);
+        }
+    }
+
+    /// The life of the thread that keeps a server running; `news` hears what becomes of images.
+    pub(crate) fn run(&self, news: &Hears) {
         let mut deaths = VecDeque::new();
         loop {
             let mut state = self.state();
@@ -254,9 +291,9 @@ impl Server {
                 return;
             }
             drop(state);
-            if let Err(error) = self.one_life(ended) {
+            if let Err(error) = self.one_life(news) {
                 tracing::error!(%error, program = %self.program.display(), "cannot start the server");
-                self.give_up(ended);
+                self.give_up(news);
                 continue;
             }
             let now = Instant::now();
@@ -269,24 +306,24 @@ impl Server {
                     deaths = deaths.len(),
                     "servers die again and again: closing all connections"
                 );
-                self.give_up(ended);
+                self.give_up(news);
                 deaths.clear();
             }
         }
     }
 
     /// Closes every connection: who reads gets an error.
-    fn give_up(&self, ended: &Ended) {
+    fn give_up(&self, news: &Hears) {
         let gone = std::mem::take(&mut self.state().connections);
         self.changed.notify_all();
         for id in gone.into_keys() {
             forget(&self.shelf, id);
-            ended(id);
+            news(News::Ended(id));
         }
     }
 
     /// One server, from its start to its end.
-    fn one_life(&self, ended: &Ended) -> io::Result<()> {
+    fn one_life(&self, news: &Hears) -> io::Result<()> {
         let (link, mut child) = self.start()?;
         let link = Arc::new(link);
         tracing::info!(pid = child.id(), "serving on demand");
@@ -302,9 +339,13 @@ impl Server {
             state.pid = Some(child.id());
             state.connections.values().map(Connection::parcel).collect()
         };
+        let limit = *self.limit();
+        if let Some(bytes) = limit {
+            self.order(&Order::Limit { bytes });
+        }
         let sent = parcels.and_then(|all| all.iter().try_for_each(|parcel| parcel.send(&link)));
         match sent {
-            Ok(()) => self.listen(&link, ended),
+            Ok(()) => self.listen(&link, news),
             Err(error) => tracing::error!(%error, "cannot tell the server what to serve"),
         }
         let stopping = {
@@ -340,10 +381,11 @@ impl Server {
 
     fn start(&self) -> io::Result<(Packets, Child)> {
         let (uid, gid) = self.user.clone().map_err(io::Error::other)?;
-        own_folder(&self.cache, uid, gid)?;
+        let cache = of_chunks(&self.cache, uid, gid)?;
         let (ours, theirs) = Packets::pair()?;
         let child = Command::new(&self.program)
             .args(&self.arguments)
+            .arg(format!("--cache={}", cache.display()))
             .env("MALLOC_ARENA_MAX", "4")
             .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
@@ -356,7 +398,7 @@ impl Server {
     }
 
     /// Hears the server until it ends or has nothing to say for too long.
-    fn listen(&self, link: &Packets, ended: &Ended) {
+    fn listen(&self, link: &Packets, news: &Hears) {
         let mut asked = None;
         loop {
             let bytes = match link.receive_bytes(Some(Instant::now() + ROUND)) {
@@ -393,10 +435,17 @@ impl Server {
                     self.changed.notify_all();
                     if gone.is_some() {
                         forget(&self.shelf, id);
-                        ended(id);
+                        news(News::Ended(id));
                     }
                 }
-                Report::Whole { .. } => {}
+                Report::Whole { id } => {
+                    let state = self.state();
+                    let served = state.connections.get(&id).map(|c| c.served.clone());
+                    drop(state);
+                    if let Some(served) = served {
+                        news(News::Whole(served));
+                    }
+                }
                 Report::Standing {
                     oldest_ms,
                     metrics,
@@ -540,20 +589,6 @@ fn user(name: &str) -> Result<(u32, u32), String> {
         Ok(None) => Err(format!("there is no user `{name}`")),
         Err(error) => Err(format!("the user `{name}` cannot be looked up: {error}")),
     }
-}
-
-/// The cache's folder, the server's alone.
-fn own_folder(path: &Path, uid: u32, gid: u32) -> io::Result<()> {
-    use rustix::fs::{Gid, Mode, OFlags, Uid, fchmod, fchown, open};
-    match rustix::fs::mkdir(path, Mode::from(0o700)) {
-        Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-        Err(errno) => return Err(errno.into()),
-    }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let folder = open(path, flags, Mode::empty())?;
-    fchmod(&folder, Mode::from(0o700))?;
-    fchown(&folder, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -20,16 +20,18 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Mode as Bits;
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
+    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen,
+    send, socket_with,
 };
 use serde::{Deserialize, Serialize};
 
+use crate::copies::Copies;
 use crate::den::{Berth, Den, Old};
 use crate::finder::Finder;
 use crate::image::Key;
 use crate::peer::{self, Peer};
 use crate::places::Places;
-use crate::server::Server;
+use crate::server::{News, Server};
 use crate::setup::{Failure, Prepared};
 use crate::shelf::{Left, Shelf};
 use crate::signals::{Bell, Told};
@@ -60,6 +62,14 @@ struct Kept {
 struct Lease {
     connection: OwnedFd,
     of: Use,
+}
+
+impl Lease {
+    /// Lets who holds it for a next job know that there should be none. Who runs a job does not listen.
+    fn hurry(&self) {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let _ = send(&self.connection, b"drain", flags);
+    }
 }
 
 /// A user's folder, which uses a mount.
@@ -110,6 +120,18 @@ impl State {
         room
     }
 
+    /// Its holder is gone.
+    fn end(&mut self, lease: &Arc<Lease>) {
+        let held = self
+            .leases
+            .iter()
+            .position(|other| Arc::ptr_eq(other, lease));
+        if let Some(at) = held {
+            self.leases.swap_remove(at);
+            self.release(&lease.of, Instant::now());
+        }
+    }
+
     fn release(&mut self, of: &Use, now: Instant) {
         let same = |kept: &Kept| kept.berth == of.berth;
         self.table.release(&of.key, same, now);
@@ -119,6 +141,7 @@ impl State {
 struct Service {
     prepared: Prepared,
     den: Den,
+    copies: Copies,
     server: Arc<Server>,
     places: Places,
     finder: Finder,
@@ -143,6 +166,7 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
         Arc::clone(&shelf),
         &mut left,
     )?);
+    let copies = Copies::new(&prepared.config.node);
     let places = Places::new(&prepared.config.node.run_dir)?;
     let finder = Finder::new(&prepared.path)?;
     let roots = root_socket(&socket);
@@ -150,6 +174,7 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
     let service = Arc::new(Service {
         prepared,
         den,
+        copies,
         server: Arc::clone(&server),
         places,
         finder,
@@ -171,10 +196,22 @@ pub(crate) fn run(prepared: Prepared) -> Result<(), Failure> {
     let hears = Arc::clone(&service);
     let life = Arc::clone(&server);
     let serving = std::thread::Builder::new().name("server".into());
-    (serving.spawn(move || life.run(&move |id| hears.served_no_more(id))))
+    let news = move |news| match news {
+        News::Ended(id) => hears.served_no_more(id),
+        News::Whole(served) => hears.whole(&served),
+    };
+    (serving.spawn(move || life.run(&news)))
         .map_err(|e| Failure::system("cannot start a thread", e))?;
+    service.share_cache();
+    let copier = Arc::clone(&service);
+    let copying = std::thread::Builder::new().name("copies".into());
+    (copying.spawn(move || {
+        copier.copies.run(&|served| copier.copied(served));
+    }))
+    .map_err(|e| Failure::system("cannot start a thread", e))?;
     service.shelf.ready();
     while service.turn(&listeners)? {}
+    service.copies.stop();
     server.leave();
     service.places.clear();
     // Who connects from now on mounts without us.
@@ -261,7 +298,10 @@ impl Service {
             let now = Instant::now();
             let attached = state.attached.values().map(|a| a.until);
             let attached = attached.map(|until| until.saturating_duration_since(now));
-            let next = state.table.next(now).into_iter().chain(attached).min();
+            let copied = |key: &_| self.is_copied(key);
+            let copied = state.table.until_unused(self.recording(), now, copied);
+            let next = state.table.next(now).into_iter();
+            let next = next.chain(attached).chain(copied).min();
             (state.leases.clone(), next)
         };
         let timeout = timeout.and_then(|t| Timespec::try_from(t + Duration::from_millis(1)).ok());
@@ -284,11 +324,7 @@ impl Service {
             .collect();
         if !ended.is_empty() {
             let mut state = self.state();
-            let now = Instant::now();
-            for lease in ended {
-                state.leases.retain(|other| !Arc::ptr_eq(other, lease));
-                state.release(&lease.of, now);
-            }
+            ended.into_iter().for_each(|lease| state.end(lease));
         }
         // Root's requests go before users'.
         for (fd, listener) in fds[1..3].iter().zip(listeners) {
@@ -376,10 +412,14 @@ impl Service {
         if let Some((_, of)) = given {
             let mut state = self.state();
             match sent {
-                Ok(()) => state.leases.push(Arc::new(Lease {
-                    connection: connection.into(),
-                    of,
-                })),
+                Ok(()) => {
+                    let connection = connection.into();
+                    let lease = Arc::new(Lease { connection, of });
+                    if state.draining {
+                        lease.hurry();
+                    }
+                    state.leases.push(lease);
+                }
                 Err(_) => state.release(&of, Instant::now()),
             }
             drop(state);

@@ -126,7 +126,7 @@ pub(crate) fn program(own: &Path, name: &str) -> PathBuf {
 }
 
 /// What decides what root does, only root may change.
-fn roots_alone(path: &Path, facts: &Stat) -> Result<(), Failure> {
+pub(crate) fn roots_alone(path: &Path, facts: &Stat) -> Result<(), Failure> {
     match facts.st_uid == 0 && facts.st_mode & 0o022 == 0 {
         true => Ok(()),
         false => Err(open_to_others(path)),
@@ -135,7 +135,7 @@ fn roots_alone(path: &Path, facts: &Stat) -> Result<(), Failure> {
 
 /// Nor may others put something else in its place: every folder above is root's, and not writable by others but where
 /// the sticky bit keeps names. As `runtime/src/trusted.rs` has it.
-fn roots_above(path: &Path) -> Result<(), Failure> {
+pub(crate) fn roots_above(path: &Path) -> Result<(), Failure> {
     let real = (path.canonicalize()).map_err(|e| cannot("look at", path, e))?;
     for folder in real.ancestors().skip(1) {
         let facts = stat(folder).map_err(|e| cannot("look at", folder, e.into()))?;

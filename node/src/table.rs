@@ -85,6 +85,37 @@ impl<K: Eq + Hash + Clone, M> Table<K, M> {
         self.entries.remove(key).map(|entry| entry.mount)
     }
 
+    /// Whether there is such a mount.
+    pub(crate) fn has(&self, key: &K) -> bool {
+        self.entries.contains_key(key)
+    }
+
+    /// Takes out what was [unused](Self::until_unused) long enough.
+    pub(crate) fn unused(
+        &mut self,
+        time: Duration,
+        now: Instant,
+        which: impl Fn(&K) -> bool,
+    ) -> Vec<M> {
+        let all = self.entries.iter();
+        let gone = all.filter(|(key, e)| e.users == 0 && e.idle(now) >= time && which(key));
+        let gone: Vec<K> = gone.map(|(key, _)| key.clone()).collect();
+        gone.iter().filter_map(|key| self.remove(key)).collect()
+    }
+
+    /// When the next of those that `which` names will have been unused for so long.
+    pub(crate) fn until_unused(
+        &self,
+        time: Duration,
+        now: Instant,
+        which: impl Fn(&K) -> bool,
+    ) -> Option<Duration> {
+        let all = self.entries.iter();
+        let idle = all.filter(|(key, entry)| entry.users == 0 && which(key));
+        idle.map(|(_, entry)| time.saturating_sub(entry.idle(now)))
+            .min()
+    }
+
     /// Takes out what has been unused for too long, and the longest unused of what is too much.
     pub(crate) fn expired(&mut self, now: Instant) -> Vec<M> {
         let mut idle: Vec<(Duration, K)> = (self.entries.iter())
@@ -152,6 +183,22 @@ mod tests {
         table.add("fourth", 3, start + second * 6);
         table.take(&"fourth");
         assert!(table.expired(start + KEEP * 2).is_empty());
+    }
+
+    #[test]
+    fn some_go_earlier_than_others_when_they_are_unused() {
+        let (mut table, start) = table(4);
+        for name in ["a", "b", "used"] {
+            table.add(name, name.len() as u32, start);
+        }
+        table.take(&"used");
+        let (early, now) = (KEEP / 3, start + KEEP / 6);
+        let which = |key: &&str| *key != "b";
+        assert_eq!(table.until_unused(early, now, which), Some(KEEP / 6));
+        assert!(table.unused(early, now, which).is_empty());
+        assert_eq!(table.unused(early, start + early, which), [1]);
+        assert_eq!(table.until_unused(early, now, which), None);
+        assert!(table.has(&"b") && table.has(&"used") && !table.has(&"a"));
     }
 
     #[test]

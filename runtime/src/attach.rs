@@ -11,22 +11,23 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use berth_config::Config;
+use berth_config::{Config, MountMode};
 use berth_image::digest::hex;
 use berth_image::envelope::MAX_ENVELOPE;
-use berth_image::{Digest, PublicKey, Record, layout};
+use berth_image::{Digest, Platform, PublicKey, Record, layout};
 use berth_mount::keeper::{self, Answer, KeeperError, MountRequest, Request};
 use rustix::fs::{Mode as Bits, OFlags, ResolveFlags, open, openat, openat2};
 use rustix::io::Errno;
 
 use crate::channel::Channel;
+use crate::grant;
 use crate::mounted;
 use crate::refusal::{Refusal, code};
 use crate::sealed;
 use crate::serials;
 use crate::sys;
 use crate::text::plain;
-use crate::trusted;
+use crate::trusted::{Site, TrustError};
 use crate::user::{self, User};
 use crate::wanted::Wanted;
 
@@ -50,12 +51,11 @@ pub fn run(config: &Path, user: User, digest: &str, platform: &str) -> ExitCode 
 }
 
 fn attach(config: &Path, user: &User, digest: &str, platform: &str) -> Result<PathBuf, Refusal> {
-    let site = |e: trusted::TrustError| Refusal::new(code::CONFIG, e.to_string());
+    let site = |e: TrustError| Refusal::new(code::CONFIG, e.to_string());
     let usage = |line: String| Refusal::new(code::USAGE, line);
     let system = |e: io::Error| Refusal::new(code::INTERNAL, plain(&e));
     user::be_root_alone().map_err(system)?;
-    let config = trusted::load_config(config).map_err(site)?;
-    let keys = trusted::load_keys(&config).map_err(site)?;
+    let Site { config, keys, .. } = Site::load(config).map_err(site)?;
     let digest: Digest = (digest.parse()).map_err(|e| usage(format!("`{digest}`: {e}")))?;
     let platform = (platform.parse()).map_err(|e| usage(format!("`{platform}`: {e}")))?;
     let wanted = Wanted {
@@ -78,7 +78,7 @@ fn attach(config: &Path, user: &User, digest: &str, platform: &str) -> Result<Pa
         mode: mounted::mode(&config),
         job: None,
         uid: user.uid,
-        sources: Vec::new(),
+        sources: second(&config, &digest, &wanted.platform),
     };
     let asked = Request::Attach(request);
     let socket = &config.node.service.socket;
@@ -95,6 +95,15 @@ fn attach(config: &Path, user: &User, digest: &str, platform: &str) -> Result<Pa
         )),
         Err(KeeperError::Refused { code, why, .. }) => Err(Refusal::new(code, why)),
         Err(error) => Err(Refusal::new(code::UNAVAILABLE, error.to_string())),
+    }
+}
+
+/// Who has the bytes besides the store, where they are served on demand: a job that comes to use the same mount brings
+/// the grant.
+fn second(config: &Config, digest: &Digest, platform: &Platform) -> Vec<keeper::Source> {
+    match config.node.mount {
+        MountMode::Lazy => grant::sources(config, digest, platform, &[]),
+        _ => Vec::new(),
     }
 }
 

@@ -19,7 +19,7 @@ use crate::wire::{Assembler, Body, Fields};
 /// How long the building of a view may take. Opening users' paths has shorter limits of its own.
 const BUILDING: Duration = Duration::from_secs(60);
 /// How long opened paths may wait for the image; then they are opened anew.
-const FRESH: Duration = Duration::from_secs(30);
+pub(crate) const FRESH: Duration = Duration::from_secs(30);
 
 /// Tags of the messages to it.
 mod tag {
@@ -43,6 +43,8 @@ pub(crate) enum Built {
     View {
         namespace: OwnedFd,
         cwd: PathBuf,
+        /// See [`View::names_users_folders`].
+        names_users_folders: bool,
     },
     Refused(Refusal),
     /// It ended without a word.
@@ -61,12 +63,17 @@ impl Builder {
         let (ours, theirs) = Channel::pair().map_err(failed)?;
         let child = sys::fork(|| {
             sys::die_with_parent();
+            // Should it hang, nothing but its own may hang with it.
+            if sys::close_others(&[namespace, theirs.as_fd()]).is_err() {
+                return 1;
+            }
             let sent = match life(prepared, namespace, cwd, &theirs) {
-                Ok(view) => Body::default().path("cwd", &view.cwd).send_wait(
-                    &theirs,
-                    b'R',
-                    &[view.namespace.as_fd()],
-                ),
+                Ok(view) => {
+                    let names = if view.names_users_folders { "1" } else { "" };
+                    let body = Body::default().path("cwd", &view.cwd);
+                    let body = body.field("users", names.as_bytes());
+                    body.send_wait(&theirs, b'R', &[view.namespace.as_fd()])
+                }
                 Err(Trouble::Refused(refusal)) => refusal.body().send_wait(&theirs, b'E', &[]),
                 Err(Trouble::Left) => Ok(()),
             };
@@ -101,7 +108,12 @@ impl Builder {
 
     /// Whether what it opened is still as good as new.
     pub(crate) fn is_fresh(&self) -> bool {
-        self.started.elapsed() < FRESH
+        Instant::now() < self.fresh_until()
+    }
+
+    /// Until when it is.
+    pub(crate) fn fresh_until(&self) -> Instant {
+        self.started + FRESH
     }
 
     pub(crate) fn has_image(&self) -> bool {
@@ -123,7 +135,11 @@ impl Builder {
         let body = packet.bytes.get(1..).unwrap_or_default();
         let namespace = packet.descriptors.into_iter().next();
         match (packet.bytes.first(), namespace, Fields(body).path("cwd")) {
-            (Some(b'R'), Some(namespace), Some(cwd)) => Built::View { namespace, cwd },
+            (Some(b'R'), Some(namespace), Some(cwd)) => Built::View {
+                namespace,
+                cwd,
+                names_users_folders: Fields(body).get("users").is_some(),
+            },
             (Some(b'E'), ..) => Built::Refused(Refusal::from_body(body)),
             _ => Built::Gone,
         }

@@ -1,6 +1,5 @@
 //! Packets with descriptors between two processes (`SOCK_SEQPACKET`).
 
-use std::cell::RefCell;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, sendmsg, socketpair,
 };
 
 /// Largest packet, in bytes.
@@ -22,8 +21,6 @@ const DESCRIPTORS: usize = 4;
 #[derive(Debug)]
 pub(crate) struct Channel {
     socket: OwnedFd,
-    /// Where packets arrive: made at the first, kept for the next.
-    buffer: RefCell<Vec<u8>>,
 }
 
 /// What one packet brought.
@@ -46,10 +43,7 @@ impl Channel {
     }
 
     pub(crate) fn from_fd(socket: OwnedFd) -> Channel {
-        Channel {
-            socket,
-            buffer: RefCell::default(),
-        }
+        Channel { socket }
     }
 
     /// Sends one packet, whole, without waiting for room.
@@ -80,12 +74,15 @@ impl Channel {
 
     /// The next packet; `None` when the other end is closed. A packet that was cut is an error.
     pub(crate) fn receive(&self) -> io::Result<Option<Packet>> {
-        let mut buffer = self.buffer.borrow_mut();
-        buffer.resize(PACKET, 0);
+        // Room for the longest packet would cost each of a step's processes a page fault for each of its pages.
+        let Some(length) = self.next_length()? else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0; length];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let got = loop {
-            let parts = &mut [IoSliceMut::new(&mut buffer)];
+            let parts = &mut [IoSliceMut::new(&mut bytes)];
             match recvmsg(&self.socket, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
                 Err(Errno::INTR) => {}
                 Err(Errno::CONNRESET) => return Ok(None),
@@ -102,11 +99,24 @@ impl Channel {
         if got.bytes == 0 {
             return Ok(None);
         }
-        if got.flags.intersects(rustix::net::ReturnFlags::TRUNC) {
+        if length > PACKET || got.flags.intersects(rustix::net::ReturnFlags::TRUNC) {
             return Err(io::Error::other("a packet longer than agreed"));
         }
-        let bytes = buffer[..got.bytes].to_vec();
+        bytes.truncate(got.bytes);
         Ok(Some(Packet { bytes, descriptors }))
+    }
+
+    /// Waits for a packet, and leaves it there: its length, or a bit more than may be. `None` at the end.
+    fn next_length(&self) -> io::Result<Option<usize>> {
+        let flags = RecvFlags::PEEK | RecvFlags::TRUNC;
+        loop {
+            match recv(&self.socket, &mut [0u8; 0], flags) {
+                Ok((_, length)) => return Ok(Some(length.min(PACKET + 1))),
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET) => return Ok(None),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     /// Like [`Channel::receive`], and an error of kind `TimedOut` when nothing came before `deadline`.

@@ -3,8 +3,10 @@
 //! The child reads the record and opens the data file with the user's rights, and asks the daemon as the user where
 //! the store does not have the image. Nothing it says is believed: the parent verifies the record and looks at the
 //! file again ([`crate::sealed`]). Where the store is not on this node the daemon gives the record and a grant to fetch
-//! the image's bytes, which the node service does. Opens on the store: its root, the record, the data file, and a look at FORMAT; a
-//! reference's entry first where no digest is known and the daemon does not answer.
+//! the image's bytes, which the node service does; where it is, and the site has the image served on demand all the same,
+//! a grant that comes in time makes the daemon the second source, for when the store fails under the job. Each of several
+//! daemons that grants is a source ([`crate::grant`]). Opens on the store: its root, the record, the data file, and a look
+//! at FORMAT; a reference's entry first where no digest is known and the daemon does not answer.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -12,9 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use berth_client::api::{
-    GrantRequest, Job as SlurmJob, Pull, PullRequest, PullState, ResolveRequest,
-};
+use berth_client::api::{ErrorKind, Job as SlurmJob, Pull, PullRequest, PullState, ResolveRequest};
 use berth_client::{Client, ClientError};
 use berth_config::{Config, MountMode};
 use berth_image::envelope::MAX_ENVELOPE;
@@ -23,6 +23,7 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat, openat2};
 use rustix::io::Errno;
 
 use crate::channel::Channel;
+use crate::grant::{Aside, Ask, Grant, NEEDED, SPARE_TIME};
 use crate::own_image;
 use crate::refusal::{Refusal, code};
 use crate::sys;
@@ -38,8 +39,6 @@ const DAEMON_GRACE: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long one is waited for that has to ask a registry.
 const RESOLVE: Duration = Duration::from_secs(60);
-/// How long a grant is good: longer than any job. The user's right is looked at again whenever it is used.
-const GRANT_S: u64 = 31 * 24 * 3600;
 /// One long poll.
 const POLL: Duration = Duration::from_secs(10);
 /// The first: what is there in so short a time needs no word of progress in the job's output.
@@ -61,8 +60,9 @@ pub(crate) mod tag {
     pub(crate) const ACCOUNT: u8 = b'A';
     /// Progress, plain text.
     pub(crate) const PROGRESS: u8 = b'P';
-    /// `digest` and `record`, with the descriptors of the data file and of the store's FORMAT, or without them `grant`: the
-    /// daemon has the bytes. Nothing at all for a file of the user's own, which can be opened.
+    /// `digest`, `record`, and `of`, `grant` and `until` of each grant, with the descriptors of the data file and of the
+    /// store's FORMAT; without them the daemon has the bytes. Nothing at all for a file of the user's own, which can be
+    /// opened.
     pub(crate) const FOUND: u8 = b'F';
     /// A refusal.
     pub(crate) const REFUSED: u8 = b'E';
@@ -72,19 +72,17 @@ pub(crate) mod tag {
 struct Found {
     digest: Digest,
     record: Vec<u8>,
-    bytes: Bytes,
+    /// Where this node has the store.
+    store: Option<InStore>,
+    /// What daemons give the bytes for.
+    grants: Vec<Grant>,
 }
 
-/// Where an image's bytes are.
-enum Bytes {
-    Store {
-        data: OwnedFd,
-        /// The store's FORMAT file, as a place: its owner is the store's.
-        format: OwnedFd,
-    },
-    Daemon {
-        grant: String,
-    },
+/// An image's file.
+struct InStore {
+    data: OwnedFd,
+    /// The store's FORMAT file, as a place: its owner is the store's.
+    format: OwnedFd,
 }
 
 /// The child's life.
@@ -113,18 +111,17 @@ pub(crate) fn run(search: &Search<'_>, channel: &Channel) -> io::Result<()> {
     }
     match search.find(&channel) {
         Ok(found) => {
-            let body = Body::default()
+            let mut body = Body::default()
                 .field("digest", found.digest.to_string().as_bytes())
                 .field("record", &found.record);
-            match &found.bytes {
-                Bytes::Store { data, format } => {
-                    body.send_wait(&channel, tag::FOUND, &[data.as_fd(), format.as_fd()])
-                }
-                Bytes::Daemon { grant } => {
-                    let body = body.field("grant", grant.as_bytes());
-                    body.send_wait(&channel, tag::FOUND, &[])
-                }
+            for grant in &found.grants {
+                body = grant.to_body(body);
             }
+            let store = found.store.iter();
+            let descriptors: Vec<_> = store
+                .flat_map(|store| [store.data.as_fd(), store.format.as_fd()])
+                .collect();
+            body.send_wait(&channel, tag::FOUND, &descriptors)
         }
         Err(refusal) => refusal.body().send_wait(&channel, tag::REFUSED, &[]),
     }
@@ -132,6 +129,33 @@ pub(crate) fn run(search: &Search<'_>, channel: &Channel) -> io::Result<()> {
 
 impl Search<'_> {
     fn find(&self, channel: &Channel) -> Result<Found, Refusal> {
+        let second = self.config.node.mount == MountMode::Lazy;
+        // A known digest's is asked for while the store is looked at.
+        let early = self.wanted.digest.filter(|_| second);
+        let aside = |digest| self.ask(digest).aside(self.config, SPARE_TIME);
+        let early = early.map(aside);
+        let mut found = self.look_everywhere(channel)?;
+        if second && found.store.is_some() {
+            let said = match early.map(Aside::gather) {
+                Some(said) if !said.is_refused() => said,
+                // None, or that was before the image was made, or an index was meant.
+                _ => aside(found.digest).gather(),
+            };
+            found.grants = said.grants();
+        }
+        Ok(found)
+    }
+
+    /// What a grant is asked for.
+    fn ask(&self, digest: Digest) -> Ask {
+        Ask {
+            digest,
+            platform: self.wanted.platform.clone(),
+            end: self.job.end,
+        }
+    }
+
+    fn look_everywhere(&self, channel: &Channel) -> Result<Found, Refusal> {
         let store = match StoreDir::open(&self.config.store.path) {
             Ok(store) => store,
             Err(refusal) => return self.on_demand(refusal, channel),
@@ -184,21 +208,14 @@ impl Search<'_> {
             None => digest,
         };
         let platform = &self.wanted.platform;
+        let aside = self.ask(digest).aside(self.config, NEEDED);
         let record = client.record(&digest, platform).map_err(of_daemon)?;
-        let request = GrantRequest {
-            digest: digest.to_string(),
-            platform: Some(platform.to_string()),
-            node: rustix::system::uname()
-                .nodename()
-                .to_string_lossy()
-                .into_owned(),
-            seconds: Some(GRANT_S),
-        };
-        let grant = client.grant(&request).map_err(of_daemon)?.grant;
+        let grants = aside.gather().some().map_err(of_daemon)?;
         Ok(Found {
             digest,
             record,
-            bytes: Bytes::Daemon { grant },
+            store: None,
+            grants,
         })
     }
 
@@ -224,7 +241,8 @@ impl Search<'_> {
                     return Ok(Some(Found {
                         digest,
                         record,
-                        bytes: Bytes::Store { data, format },
+                        store: Some(InStore { data, format }),
+                        grants: Vec::new(),
                     }));
                 }
                 Err(Errno::NOENT | Errno::STALE) => {}
@@ -256,7 +274,7 @@ impl Search<'_> {
             entry = self.entry(store)?;
         }
         // What the store does not know either, a busy daemon may take longer for.
-        if entry.is_none() && matches!(&answer, Err(ClientError::Timeout { .. })) {
+        if entry.is_none() && matches!(&answer, Err(error) if error.is_timeout()) {
             answer = ask(RESOLVE);
         }
         match answer {
@@ -339,7 +357,7 @@ impl Search<'_> {
         let client = Client::from_config(self.config)?;
         let mut pull = client.pull(request)?;
         if !*heard && !pull.state.is_final() {
-            pull = client.wait_pull(&pull.id, SILENCE)?;
+            pull = wait(&client, request, &pull, SILENCE)?;
         }
         *heard = true;
         loop {
@@ -359,10 +377,27 @@ impl Search<'_> {
                     let text = progress(name, &pull);
                     let packet = [&[tag::PROGRESS], text.as_bytes()].concat();
                     let _ = channel.send(&packet, &[]);
-                    pull = client.wait_pull(&pull.id, POLL)?;
+                    pull = wait(&client, request, &pull, POLL)?;
                 }
             }
         }
+    }
+}
+
+/// How a pull stands after a while. Where another daemon answers than the one that began it, or one that was made anew,
+/// it is asked for once more.
+fn wait(
+    client: &Client,
+    request: &PullRequest,
+    pull: &Pull,
+    time: Duration,
+) -> Result<Pull, ClientError> {
+    match client.wait_pull(&pull.id, time) {
+        Err(ClientError::Api(body)) if body.kind == ErrorKind::NotFound => {
+            std::thread::sleep(Duration::from_secs(1));
+            client.pull(request)
+        }
+        said => said,
     }
 }
 

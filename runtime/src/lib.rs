@@ -10,6 +10,7 @@ mod builder;
 mod channel;
 mod environment;
 mod finder;
+mod grant;
 mod mounted;
 mod mounts;
 mod opener;
@@ -20,7 +21,10 @@ mod refusal;
 mod sealed;
 mod serials;
 mod slurm;
+mod standby;
 mod step;
+#[doc(hidden)]
+pub mod strangers;
 mod submit;
 mod sys;
 mod text;
@@ -35,6 +39,7 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
+pub use grant::granted;
 pub use opener::OpenError;
 pub use user::{Account, User};
 
@@ -42,7 +47,7 @@ pub use user::{Account, User};
 pub fn step() -> ExitCode {
     let served = sys::inherited(3).and_then(|socket| {
         user::be_root_alone()?;
-        step::run(channel::Channel::from_fd(socket))
+        step::run(channel::Channel::from_fd(socket), None, None)
     });
     match served {
         Ok(()) => ExitCode::SUCCESS,
@@ -57,6 +62,17 @@ pub fn step() -> ExitCode {
                 .text();
             let _ = writeln!(io::stderr(), "{text}");
             ExitCode::from(refusal::code::INTERNAL)
+        }
+    }
+}
+
+/// `berth-runtime standby`: see [`standby`].
+pub fn standby(config: &Path) -> ExitCode {
+    match standby::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(refusal) => {
+            let _ = writeln!(io::stderr(), "{}", refusal.text());
+            ExitCode::from(refusal.code)
         }
     }
 }

@@ -17,6 +17,12 @@ struct Arguments {
 enum Command {
     /// Build the containers of one step on this node (as root; the plugin holds the other end of descriptor 3)
     Step,
+    /// Wait for steps, with the site's configuration read, and spare each the start of this program (as root, a service)
+    Standby {
+        /// The site's configuration
+        #[arg(long, value_name = "FILE", default_value = berth_config::DEFAULT_PATH)]
+        config: PathBuf,
+    },
     /// Run a command in an image for the user who asks, without root (started by `berth exec`)
     User {
         /// Descriptor of a file that says what to run
@@ -69,6 +75,7 @@ fn main() -> ExitCode {
             berth_runtime::attach::run(&config, user, &digest, &platform)
         }
         Command::Step => berth_runtime::step(),
+        Command::Standby { config } => berth_runtime::standby(&config),
         Command::User { job } => berth_runtime::user_view::run(job),
         Command::Submit {
             config,

@@ -2,7 +2,8 @@
 //!
 //! The kernel's driver never sees a file that was not verified before ([`crate::sealed`]); the node service is given the
 //! image's descriptor, opened as the job's user, and what the record says of it. Where the store is not on this node it
-//! is given a grant instead, and serves the image on demand.
+//! is given the daemons' grants instead, and serves the image on demand, or from its own verified copy; where it is to
+//! serve it on demand anyway it is given both, and a daemon is asked when the store fails.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -48,10 +49,10 @@ enum Source {
 
 /// Where an image's bytes are.
 pub(crate) enum Bytes {
-    /// The verified record's file, opened as the job's user.
-    Store(OwnedFd),
-    /// The daemon gives them to who shows a grant.
-    Daemon(keeper::Source),
+    /// The verified record's file, opened as the job's user, and who else has them.
+    Store(OwnedFd, Vec<keeper::Source>),
+    /// Daemons give them to who shows a grant.
+    Daemons(Vec<keeper::Source>),
 }
 
 /// A verified image.
@@ -61,6 +62,8 @@ struct Sealed {
     request: MountRequest,
     /// Kept as long as the step lives: they are the service's sign that its mounts are in use.
     leases: Vec<OwnedFd>,
+    /// Bytes are brought here for it.
+    on_demand: bool,
     /// The device of this step's own, where the service gave no mount.
     device: Option<LoopDevice>,
 }
@@ -90,8 +93,8 @@ impl Image {
         config: &Config,
     ) -> Result<Image, Refusal> {
         let (data, sources) = match bytes {
-            Bytes::Store(data) => (Some(data), Vec::new()),
-            Bytes::Daemon(source) => (None, vec![source]),
+            Bytes::Store(data, others) => (Some(data), others),
+            Bytes::Daemons(sources) => (None, sources),
         };
         let request = MountRequest {
             digest: owner.digest.to_string(),
@@ -99,10 +102,7 @@ impl Image {
             verity_root: hex(&record.file.verity_root),
             hash_offset: record.file.hash_offset,
             file_size: record.file.size,
-            mode: match data {
-                None => Mode::Lazy,
-                Some(_) => mode(config),
-            },
+            mode: mode(config),
             job: Some(owner.job.to_string()),
             uid: owner.uid,
             sources,
@@ -111,6 +111,7 @@ impl Image {
             data,
             request,
             leases: Vec::new(),
+            on_demand: false,
             device: None,
         };
         let working_dir = record.run.working_dir;
@@ -167,13 +168,46 @@ impl Image {
         self.warm
     }
 
+    /// Whether the node service gave its mount for a file of the store's, and has nothing to fetch.
+    pub(crate) fn is_kept_for_all(&self) -> bool {
+        match &self.source {
+            Source::Sealed(sealed) => {
+                sealed.data.is_some() && sealed.device.is_none() && !sealed.on_demand
+            }
+            Source::Own(_) => false,
+        }
+    }
+
+    /// What the node service says something on, or closes, when a mount is to be let go of.
+    pub(crate) fn leases(&self) -> &[OwnedFd] {
+        match &self.source {
+            Source::Sealed(sealed) => &sealed.leases,
+            Source::Own(_) => &[],
+        }
+    }
+
+    /// Tells the node service that another job uses the image now. False where it does not hear.
+    pub(crate) fn pass_on(&mut self, job: u32, config: &Config) -> bool {
+        let Source::Sealed(sealed) = &mut self.source else {
+            return false;
+        };
+        let before = sealed.leases.len();
+        sealed.request.job = Some(job.to_string());
+        let Ok(mounted) = sealed.by_service(config) else {
+            return false;
+        };
+        sealed.leases.drain(..before);
+        (self.how, self.warm) = (mounted.how, mounted.warm);
+        true
+    }
+
     /// For the log: bytes that the node service has brought to this node for the image, for this step or others; `None`
     /// where nothing has to be brought.
     pub(crate) fn fetched(&self, config: &Config) -> Option<u64> {
         let Source::Sealed(sealed) = &self.source else {
             return None;
         };
-        if sealed.leases.is_empty() {
+        if !sealed.on_demand {
             return None;
         }
         let (socket, deadline) = (&config.node.service.socket, Instant::now() + FIGURES);
@@ -184,7 +218,7 @@ impl Image {
         let (digest, platform) = (&sealed.request.digest, &sealed.request.platform);
         let mut mounts = status.mounts.iter();
         mounts
-            .find(|m| m.digest == *digest && m.platform == *platform)?
+            .find(|m| m.digest == *digest && m.platform == *platform && m.fetched.is_some())?
             .fetched
     }
 
@@ -197,27 +231,33 @@ impl Image {
 impl Sealed {
     fn mount(&mut self, config: &Config) -> Result<Mounted, Refusal> {
         if self.device.is_none() {
-            let socket = &config.node.service.socket;
-            let limit = if self.data.is_some() {
-                SERVICE
-            } else {
-                FROM_DAEMON
-            };
-            let file = self.data.as_ref().map(AsFd::as_fd);
-            let given = keeper::mount(socket, &self.request, file, Instant::now() + limit);
-            match given.and_then(|given| of_root(given, socket)) {
-                Ok(given) => {
-                    let (how, warm) = (words(&given), given.kept);
-                    self.leases.push(given.lease);
-                    let tree = given.tree;
-                    return Ok(Mounted { tree, how, warm });
+            match self.by_service(config) {
+                Ok(mounted) => return Ok(mounted),
+                Err(error) if self.data.is_none() || self.request.mode == Mode::Lazy => {
+                    return Err(of_service(error));
                 }
-                Err(error) if self.request.mode == Mode::Lazy => return Err(of_service(error)),
                 // Nothing of the service's is needed: the step mounts by itself.
                 Err(_) => {}
             }
         }
         self.own_mount(config)
+    }
+
+    fn by_service(&mut self, config: &Config) -> Result<Mounted, KeeperError> {
+        let socket = &config.node.service.socket;
+        let limit = if self.data.is_some() {
+            SERVICE
+        } else {
+            FROM_DAEMON
+        };
+        let file = self.data.as_ref().map(AsFd::as_fd);
+        let given = keeper::mount(socket, &self.request, file, Instant::now() + limit);
+        let given = given.and_then(|given| of_root(given, socket))?;
+        let (how, warm) = (words(&given), given.kept);
+        self.leases.push(given.lease);
+        self.on_demand = given.how == How::Lazy;
+        let tree = given.tree;
+        Ok(Mounted { tree, how, warm })
     }
 
     fn own_mount(&mut self, config: &Config) -> Result<Mounted, Refusal> {
@@ -249,7 +289,8 @@ impl Sealed {
     }
 }
 
-/// Who is to serve an image whose file is at hand, as the site has it.
+/// Who is to serve an image, as the site has it. Where its file is not at hand, `auto` means on demand, or the node's own
+/// copy; a site that says `lazy` keeps the kernel's driver away from both.
 pub(crate) fn mode(config: &Config) -> Mode {
     match config.node.mount {
         MountMode::Auto => Mode::Auto,

@@ -7,7 +7,8 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -29,7 +30,7 @@ const LIFETIME_SECONDS: u32 = 120;
 /// Longest path, as the kernel has it (`PATH_MAX`).
 const LONGEST: usize = 4096;
 /// Largest file that is read through the child.
-const LARGEST: usize = 48 << 10;
+const LARGEST: u64 = 48 << 10;
 
 /// Why a path was not opened.
 #[derive(Debug, Error)]
@@ -299,22 +300,13 @@ fn inside(root: Option<&OwnedFd>, path: &Path) -> Result<OwnedFd, Errno> {
 
 fn read(path: &Path) -> Result<Vec<u8>, Errno> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = open_plain(path, flags)?;
-    let mut bytes = vec![0; LARGEST];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        match rustix::io::read(&file, &mut bytes[filled..]) {
-            Ok(0) => break,
-            Ok(more) => filled += more,
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno),
-        }
+    let file = File::from(open_plain(path, flags)?);
+    let mut bytes = Vec::new();
+    match file.take(LARGEST + 1).read_to_end(&mut bytes) {
+        Ok(read) if read as u64 > LARGEST => Err(Errno::FBIG),
+        Ok(_) => Ok(bytes),
+        Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
     }
-    if filled == bytes.len() {
-        return Err(Errno::FBIG);
-    }
-    bytes.truncate(filled);
-    Ok(bytes)
 }
 
 fn open_plain(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {

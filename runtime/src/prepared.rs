@@ -3,12 +3,11 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use berth_client::Client;
-use berth_config::Config;
+use berth_config::{Config, MountMode};
 use berth_image::{Digest, PublicKey};
-use berth_mount::keeper;
 
 use crate::environment;
+use crate::grant::{self, Grant};
 use crate::mounted::{Bytes, Image, Owner};
 use crate::mounts::{self, own_path};
 use crate::own_image::OwnImage;
@@ -16,7 +15,7 @@ use crate::refusal::{Refusal, code};
 use crate::sealed;
 use crate::serials;
 use crate::slurm;
-use crate::trusted;
+use crate::trusted::{self, Files, Site, TrustError};
 use crate::user::Account;
 use crate::view::{Bind, IfAbsent, Kind, Link, ViewSpec};
 use crate::wanted::Wanted;
@@ -27,6 +26,8 @@ pub(crate) struct Prepared {
     pub(crate) job: Job,
     pub(crate) config: Config,
     pub(crate) keys: Vec<PublicKey>,
+    /// Of these two.
+    pub(crate) files: Files,
     pub(crate) wanted: Wanted,
     pub(crate) slurm_users: Vec<String>,
     slurm_binds: Vec<Bind>,
@@ -35,13 +36,19 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
-    pub(crate) fn new(job: Job) -> Result<Prepared, Refusal> {
-        let site = |e: trusted::TrustError| {
+    /// `known` spares reading the site's files, where it is what they say.
+    pub(crate) fn new(job: Job, known: Option<Site>) -> Result<Prepared, Refusal> {
+        let refused = |e: TrustError| {
             Refusal::new(code::CONFIG, e.to_string()).hint("tell the site's admins")
         };
-        let config = trusted::load_config(&job.config).map_err(site)?;
-        let keys = trusted::load_keys(&config).map_err(site)?;
-        trusted::own_folder(&config.node.run_dir).map_err(site)?;
+        let known = known.filter(|site| site.files.are_of(&job.config));
+        let site = known.map_or_else(|| Site::load(&job.config), Ok);
+        let Site {
+            config,
+            keys,
+            files,
+        } = site.map_err(refused)?;
+        trusted::own_folder(&config.node.run_dir).map_err(refused)?;
         let wanted = Wanted::new(&job.reference, &job.pins, &config)?;
         let user_binds = mounts::of_user(&job.mounts, config.node.user_mounts)
             .map_err(|e| Refusal::new(code::USAGE, e.to_string()))?;
@@ -49,7 +56,7 @@ impl Prepared {
             let line = "--container-writable is not allowed on this site";
             return Err(Refusal::new(code::USAGE, line));
         }
-        let client = slurm::Client::new(&config.node.slurm);
+        let client = slurm::Client::new(&config.node.slurm, job.slurm_conf.as_deref());
         let munge = config.api.munge_socket.as_deref();
         let (slurm_binds, slurm_links) = client.parts(&config.node.run_dir, munge);
         let slurm_users = client.users();
@@ -60,6 +67,7 @@ impl Prepared {
             job,
             config,
             keys,
+            files,
             wanted,
             user_binds,
         })
@@ -82,23 +90,27 @@ impl Prepared {
             .map_err(|e| Refusal::new(code::INTERNAL, format!("what was found: {e}")))?;
         let bytes = found.get("record").unwrap_or_default();
         let (wanted, user) = (&self.wanted, &self.job.user);
+        let daemons = || {
+            let grants = Grant::from_fields(found);
+            grant::sources(&self.config, &digest, &wanted.platform, &grants)
+        };
         let (record, bytes) = match data {
             Some(data) => {
                 let record =
                     sealed::verify(wanted, &digest, bytes, &self.keys, data.as_fd(), user)?;
                 let format = format.ok_or_else(|| lacks("owner of the store"))?;
                 sealed::belongs_to_store(wanted, data.as_fd(), format.as_fd())?;
-                (record, Bytes::Store(data))
+                let second = self.config.node.mount == MountMode::Lazy;
+                let others = if second { daemons() } else { Vec::new() };
+                (record, Bytes::Store(data, others))
             }
             None => {
                 let record = sealed::believe(wanted, &digest, bytes, &self.keys)?;
-                let client = Client::from_config(&self.config).map_err(|_| lacks("daemon"))?;
-                let grant = found.get("grant").ok_or_else(|| lacks("grant"))?;
-                let source = keeper::Source {
-                    at: client.data_source(&digest, &wanted.platform),
-                    grant: Some(String::from_utf8_lossy(grant).into_owned()),
-                };
-                (record, Bytes::Daemon(source))
+                let daemons = daemons();
+                if daemons.iter().all(|daemon| daemon.grant.is_none()) {
+                    return Err(lacks("grant"));
+                }
+                (record, Bytes::Daemons(daemons))
             }
         };
         serials::look(&self.config.node.run_dir, &record, &wanted.name())?;

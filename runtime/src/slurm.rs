@@ -53,16 +53,11 @@ pub(crate) struct Client<'a> {
 }
 
 impl<'a> Client<'a> {
-    /// Reads `slurm.conf`; a node without one has defaults.
-    pub(crate) fn new(config: &'a Slurm) -> Self {
-        let from_slurmd = || {
-            let file = PathBuf::from(std::env::var_os("SLURM_CONF")?);
-            file.parent()
-                .filter(|p| p.is_absolute())
-                .map(Path::to_owned)
-        };
+    /// Reads `slurm.conf`, which Slurm may have said is at `conf`; a node without one has defaults.
+    pub(crate) fn new(config: &'a Slurm, conf: Option<&Path>) -> Self {
+        let from_slurm = conf.and_then(Path::parent).filter(|p| p.is_absolute());
         let conf_dir = (config.conf_dir.clone())
-            .or_else(from_slurmd)
+            .or_else(|| from_slurm.map(Path::to_owned))
             .unwrap_or_else(|| {
                 let usual = [Path::new("/etc/slurm"), Path::new("/run/slurm/conf")];
                 let found = usual.iter().find(|d| d.join("slurm.conf").exists());

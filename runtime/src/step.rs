@@ -2,7 +2,11 @@
 //!
 //! It never waits for anything but events. What may hang (the store, the daemon, users' filesystems) hangs in a child;
 //! what takes long has a deadline. It ends when the plugin's end of the socket closes, and everything ends with it:
-//! children by their parent's death, namespaces and loop devices with the last descriptor.
+//! children by their parent's death, namespaces and loop devices with the last descriptor. Or it [stays] for a moment.
+//!
+//! [stays]: stay
+
+pub(crate) mod stay;
 
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,7 +25,11 @@ use crate::prepared::Prepared;
 use crate::preread;
 use crate::refusal::{Refusal, code};
 use crate::sys::{self, Child};
+use crate::trusted::Site;
 use crate::wire::{Assembler, Body, Fields, Job};
+use stay::Kept;
+
+pub(crate) use stay::Stay;
 
 /// The child that looks for the image, and the way to it.
 struct Running {
@@ -51,6 +59,10 @@ struct PlaceView {
     place: Place,
     /// The tasks' own.
     namespace: OwnedFd,
+    /// For the log: when it was begun.
+    begun: &'static str,
+    /// Some task got it.
+    is_used: bool,
     state: ViewState,
 }
 
@@ -58,7 +70,14 @@ struct PlaceView {
 enum ViewState {
     Asked,
     Building(Builder),
-    Ready { namespace: OwnedFd, cwd: PathBuf },
+    Ready {
+        namespace: OwnedFd,
+        cwd: PathBuf,
+        /// Until when what was opened for it is still as good as new.
+        fresh_until: Instant,
+        /// It shows what the user named.
+        names_users_folders: bool,
+    },
     Failed(Refusal),
 }
 
@@ -72,11 +91,15 @@ enum ImageState {
 
 struct Step {
     parent: Channel,
+    /// What was read before there was a step.
+    site: Option<Site>,
     job: Assembler,
     prepared: Option<Box<Prepared>>,
     /// The user's account, as the finder's message has it.
     account: Option<Vec<u8>>,
     image: ImageState,
+    /// When the image was found: the user's right to it is as old.
+    found: Instant,
     views: Vec<PlaceView>,
     tasks: Vec<Task>,
     progress: Option<Vec<u8>>,
@@ -87,30 +110,44 @@ struct Step {
     /// A refusal's text goes to one task of the node; the others end without a word.
     told: bool,
     started: Instant,
+    /// What an earlier step left, if this is a next one.
+    kept: Option<Kept>,
 }
 
-/// Serves the step whose plugin holds the other end of `parent`, until that closes.
-pub(crate) fn run(parent: Channel) -> io::Result<()> {
-    let mut step = Step {
-        parent,
-        job: Assembler::default(),
-        prepared: None,
-        account: None,
-        image: ImageState::NoJob,
-        views: Vec::new(),
-        tasks: Vec::new(),
-        progress: None,
-        cold: None,
-        reader: None,
-        told: false,
-        started: Instant::now(),
-    };
-    while step.turn()? {}
-    step.log_fetched();
-    Ok(())
+/// Serves the step whose plugin holds the other end of `parent`, until that closes. `site` is what was read of the
+/// site's files before. With `stay` it then waits for a next step of the same kind, as [`stay`] has it.
+pub(crate) fn run(parent: Channel, site: Option<Site>, stay: Option<Stay>) -> io::Result<()> {
+    let mut step = Step::new(parent, site);
+    loop {
+        while step.turn()? {}
+        step.log_fetched();
+        let next = stay.as_ref().and_then(|stay| step.next(stay));
+        let Some(next) = next else { return Ok(()) };
+        step = next?;
+    }
 }
 
 impl Step {
+    fn new(parent: Channel, site: Option<Site>) -> Step {
+        Step {
+            parent,
+            site,
+            job: Assembler::default(),
+            prepared: None,
+            account: None,
+            image: ImageState::NoJob,
+            found: Instant::now(),
+            views: Vec::new(),
+            tasks: Vec::new(),
+            progress: None,
+            cold: None,
+            reader: None,
+            told: false,
+            started: Instant::now(),
+            kept: None,
+        }
+    }
+
     /// Waits for one round of events and deals with them; false at the end.
     fn turn(&mut self) -> io::Result<bool> {
         let (parent, image, views) = self.wait()?;
@@ -182,13 +219,18 @@ impl Step {
     }
 
     fn start(&mut self, body: &[u8]) {
-        let found = Job::parse(body)
-            .map_err(|e| foul(&e))
-            .and_then(Prepared::new)
-            .and_then(|prepared| {
-                let running = search(&prepared)?;
-                Ok((prepared, running))
-            });
+        let job = match Job::parse(body) {
+            Ok(job) => job,
+            Err(error) => return self.fail(foul(&error)),
+        };
+        let Some(job) = self.go_on_with(job) else {
+            return;
+        };
+        let site = self.site.take();
+        let found = Prepared::new(job, site).and_then(|prepared| {
+            let running = search(&prepared)?;
+            Ok((prepared, running))
+        });
         match found {
             Ok((prepared, running)) => {
                 self.prepared = Some(Box::new(prepared));
@@ -216,6 +258,8 @@ impl Step {
             self.views.push(PlaceView {
                 place,
                 namespace,
+                begun: "asked",
+                is_used: false,
                 state: ViewState::Asked,
             });
             self.views.len() - 1
@@ -271,7 +315,10 @@ impl Step {
             return self.fail(ended("the process that looks for the image"));
         };
         match prepared.mount(Fields(body), data, format) {
-            Ok(image) => self.image = ImageState::Ready(Box::new(image)),
+            Ok(image) => {
+                self.image = ImageState::Ready(Box::new(image));
+                self.found = Instant::now();
+            }
             Err(refusal) => self.fail(refusal),
         }
     }
@@ -297,6 +344,8 @@ impl Step {
             self.views.push(PlaceView {
                 place,
                 namespace,
+                begun: "ahead",
+                is_used: false,
                 state: ViewState::Asked,
             });
         }
@@ -349,7 +398,16 @@ impl Step {
             return;
         };
         *state = match builder.hear() {
-            Built::View { namespace, cwd } => ViewState::Ready { namespace, cwd },
+            Built::View {
+                namespace,
+                cwd,
+                names_users_folders,
+            } => ViewState::Ready {
+                namespace,
+                cwd,
+                fresh_until: builder.fresh_until(),
+                names_users_folders,
+            },
             Built::Refused(refusal) => ViewState::Failed(refusal),
             Built::Gone => ViewState::Failed(ended("the process that builds the view")),
         };
@@ -377,16 +435,19 @@ impl Step {
     fn answer_tasks(&mut self) {
         let tasks = std::mem::take(&mut self.tasks);
         for task in tasks {
-            let refusal = match (&self.image, &self.views[task.view].state) {
+            let view = &self.views[task.view];
+            let refusal = match (&self.image, &view.state) {
                 (ImageState::Failed(refusal), _) | (_, ViewState::Failed(refusal)) => refusal,
-                (ImageState::Ready(image), ViewState::Ready { namespace, cwd }) => {
+                (ImageState::Ready(image), ViewState::Ready { namespace, cwd, .. }) => {
                     let mut body = Body::default().path("cwd", cwd);
                     for variable in &image.environment {
                         body = body.field("env", variable.as_bytes());
                     }
                     let sent = body.send(&task.channel, b'R', &[namespace.as_fd()]);
                     let outcome = if sent.is_ok() { "ready" } else { "gone" };
-                    self.log(&task, &format!("{outcome} mount={:?}", image.how()));
+                    let outcome = format!("{outcome} mount={:?} view={}", image.how(), view.begun);
+                    self.log(&task, &outcome);
+                    self.views[task.view].is_used = true;
                     continue;
                 }
                 _ => {

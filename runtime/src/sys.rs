@@ -73,8 +73,8 @@ pub(crate) fn fork(work: impl FnOnce() -> i32) -> io::Result<Child> {
     }
 }
 
-/// Closes every descriptor of this process but `kept`, which gets a new number. For a fresh child only: whatever else
-/// owned a descriptor must not be used or dropped any more.
+/// Closes every descriptor of this process but `kept`, which gets a new number and is for no next program. For a fresh
+/// child only: whatever else owned a descriptor must not be used or dropped any more.
 pub(crate) fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     const PLACE: i32 = 3;
     let close_range = |first: u32, last: u32| {
@@ -90,18 +90,22 @@ pub(crate) fn close_all_but(kept: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     }
     close_range(0, 2)?;
     close_range(4, u32::MAX)?;
-    // SAFETY: number 3 is open and nobody else in this process owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(PLACE) })
+    inherited(PLACE)
 }
 
 /// Closes every descriptor of this process but 0, 1, 2 and `kept`, which the next program inherits. For a fresh child
 /// only: whatever else owned a descriptor must not be used or dropped any more.
 pub(crate) fn keep_for_exec(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut numbers: Vec<u32> = Vec::with_capacity(kept.len());
     for fd in kept {
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
-        numbers.push(fd.as_raw_fd().unsigned_abs());
     }
+    close_others(kept)
+}
+
+/// The same, and the next program inherits nothing.
+pub(crate) fn close_others(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let number = |fd: &BorrowedFd<'_>| fd.as_raw_fd().unsigned_abs();
+    let mut numbers: Vec<u32> = kept.iter().map(number).collect();
     numbers.sort_unstable();
     let mut first = 3;
     for last in numbers
@@ -156,6 +160,31 @@ pub(crate) fn end_output() {
             libc::dup2(null, 2);
         }
     }
+}
+
+/// Standard input and output become /dev/null, standard error `log` where there is one: for a process that may have none
+/// of them open.
+pub(crate) fn set_streams(log: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    // SAFETY: plain numbers; nobody owns 0, 1 and 2 as values. The lowest free number is taken, so none is left out.
+    unsafe {
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        if null < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let log = log.map_or(null, |log| log.as_raw_fd());
+        for (number, source) in [(0, null), (1, null), (2, log)] {
+            // A number put on itself would stay CLOEXEC.
+            if source != number && libc::dup2(source, number) < 0
+                || source == number && libc::fcntl(number, libc::F_SETFD, 0) < 0
+            {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        if null > 2 {
+            libc::close(null);
+        }
+    }
+    Ok(())
 }
 
 /// `struct mount_attr` of mount_setattr(2).

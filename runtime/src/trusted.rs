@@ -36,31 +36,83 @@ pub(crate) enum TrustError {
     },
 }
 
-/// The site's configuration.
-pub(crate) fn load_config(path: &Path) -> Result<Config, TrustError> {
-    let text = read(path)?;
-    let wrong = |why| TrustError::Config {
-        path: path.to_owned(),
-        why,
-    };
-    let config = Config::parse(&text).map_err(wrong)?;
-    match config.problems().first() {
-        Some(problem) => Err(wrong(problem.to_string())),
-        None => Ok(config),
+/// What root believes.
+#[derive(Debug)]
+pub(crate) struct Site {
+    pub(crate) config: Config,
+    /// Whose records are believed.
+    pub(crate) keys: Vec<PublicKey>,
+    pub(crate) files: Files,
+}
+
+/// The files that a site was read from, the configuration first.
+#[derive(Debug)]
+pub(crate) struct Files(Vec<Known>);
+
+/// A file as it was when it was read.
+#[derive(Debug, PartialEq, Eq)]
+struct Known {
+    path: PathBuf,
+    place: (u64, u64),
+    size: i64,
+    /// Seconds and nanoseconds of the last change of content, and of owner, mode or content.
+    times: [(i64, i64); 2],
+}
+
+impl Site {
+    /// Reads the configuration at `path`, and the keys it names.
+    pub(crate) fn load(path: &Path) -> Result<Site, TrustError> {
+        let (text, file) = read(path)?;
+        let wrong = |why| TrustError::Config {
+            path: path.to_owned(),
+            why,
+        };
+        let config = Config::parse(&text).map_err(wrong)?;
+        if let Some(problem) = config.problems().first() {
+            return Err(wrong(problem.to_string()));
+        }
+        let mut files = vec![file];
+        let mut keys = Vec::with_capacity(config.node.keys.len());
+        for path in &config.node.keys {
+            let (text, file) = read(path)?;
+            let key = PublicKey::from_pem(&text).map_err(|source| TrustError::Key {
+                path: path.clone(),
+                source,
+            })?;
+            keys.push(key);
+            files.push(file);
+        }
+        Ok(Site {
+            config,
+            keys,
+            files: Files(files),
+        })
     }
 }
 
-/// The keys whose records are believed.
-pub(crate) fn load_keys(config: &Config) -> Result<Vec<PublicKey>, TrustError> {
-    let mut keys = Vec::with_capacity(config.node.keys.len());
-    for path in &config.node.keys {
-        let key = PublicKey::from_pem(&read(path)?).map_err(|source| TrustError::Key {
-            path: path.clone(),
-            source,
-        })?;
-        keys.push(key);
+impl Files {
+    /// Whether they are what [`Site::load`] would read at `path` now, as far as files' facts tell.
+    pub(crate) fn are_of(&self, path: &Path) -> bool {
+        let same = |file: &Known| {
+            stat(&file.path).is_ok_and(|facts| *file == Known::new(&file.path, &facts))
+        };
+        self.0.first().is_some_and(|file| file.path == path) && self.0.iter().all(same)
     }
-    Ok(keys)
+}
+
+impl Known {
+    fn new(path: &Path, facts: &Stat) -> Known {
+        let nanoseconds = |n| i64::try_from(n).unwrap_or_default();
+        Known {
+            path: path.to_owned(),
+            place: (facts.st_dev, facts.st_ino),
+            size: facts.st_size,
+            times: [
+                (facts.st_mtime, nanoseconds(facts.st_mtime_nsec)),
+                (facts.st_ctime, nanoseconds(facts.st_ctime_nsec)),
+            ],
+        }
+    }
 }
 
 /// A folder that only root can change, made if it is not there; nor may others be able to put another in its place.
@@ -80,19 +132,20 @@ pub(crate) fn own_folder(path: &Path) -> Result<(), TrustError> {
 
 /// Reads a file that nobody but root can change: it and every folder above it are root's, and not writable by others
 /// (above it, a sticky folder like `/tmp` may be).
-fn read(path: &Path) -> Result<String, TrustError> {
+fn read(path: &Path) -> Result<(String, Known), TrustError> {
     let fail = |source: io::Error| TrustError::Read {
         path: path.to_owned(),
         source,
     };
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = open(path, flags, Mode::empty()).map_err(|e| fail(e.into()))?;
-    check(path, &fstat(&file).map_err(|e| fail(e.into()))?, false)?;
+    let facts = fstat(&file).map_err(|e| fail(e.into()))?;
+    check(path, &facts, false)?;
     check_above(path)?;
     let mut text = String::new();
     let mut file = File::from(file).take(LARGEST);
     file.read_to_string(&mut text).map_err(fail)?;
-    Ok(text)
+    Ok((text, Known::new(path, &facts)))
 }
 
 /// Every folder above `path` is root's, and not writable by others but where the sticky bit keeps names.

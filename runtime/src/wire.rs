@@ -87,9 +87,13 @@ fn parse<N: std::str::FromStr>(text: &[u8]) -> Option<N> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Job {
     pub(crate) config: PathBuf,
+    /// Slurm's own file, where slurmd says which.
+    pub(crate) slurm_conf: Option<PathBuf>,
     pub(crate) user: User,
     pub(crate) job: u32,
     pub(crate) cluster: Option<String>,
+    /// When it ends, in seconds since 1970, where Slurm says so (since 23.02): the user's to change, as all variables.
+    pub(crate) end: Option<u64>,
     /// As the user typed it.
     pub(crate) reference: String,
     /// `REFERENCE=DIGEST,…`, from the submission.
@@ -108,6 +112,18 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    /// Whether the other step is to be served as this one was: the same user, image, mounts and places, maybe in another
+    /// job.
+    pub(crate) fn is_like(&self, other: &Job) -> bool {
+        let kind = |job: &Job| Job {
+            job: 0,
+            end: None,
+            command: None,
+            ..job.clone()
+        };
+        kind(self) == kind(other)
+    }
+
     pub(crate) fn parse(body: &[u8]) -> Result<Job, WireError> {
         let fields = Fields(body);
         let text = |key| {
@@ -127,6 +143,7 @@ impl Job {
         }
         Ok(Job {
             config: fields.path("config").ok_or(WireError::Missing("config"))?,
+            slurm_conf: fields.path("slurm_conf"),
             user: User {
                 uid: fields.number("uid")?,
                 gid: fields.number("gid")?,
@@ -134,6 +151,7 @@ impl Job {
             },
             job: fields.number("jobid")?,
             cluster: text("cluster"),
+            end: fields.number("end").ok(),
             reference: text("reference").ok_or(WireError::Missing("reference"))?,
             pins: text("pins").unwrap_or_default(),
             mounts: fields
@@ -196,7 +214,7 @@ impl Body {
         self.parts(tag, fds, |packet, fds| to.send_wait(packet, fds))
     }
 
-    fn parts(
+    pub(crate) fn parts(
         &self,
         tag: u8,
         fds: &[BorrowedFd<'_>],
@@ -221,7 +239,7 @@ impl Body {
 mod tests {
     use super::*;
 
-    const JOB: &[u8] = b"config=/c\0uid=1000\0gid=100\0groups=4,5\0jobid=7\0reference=a/b:1\0mount=/x\0mount=/y:/z\0\
+    const JOB: &[u8] = b"config=/c\0uid=1000\0gid=100\0groups=4,5\0jobid=7\0end=4102444800\0reference=a/b:1\0mount=/x\0mount=/y:/z\0\
         workdir=\0writable=1\0script=\0prolog=/p";
 
     #[test]
@@ -231,9 +249,46 @@ mod tests {
             (job.user.uid, job.user.groups, job.job),
             (1000, vec![4, 5], 7)
         );
+        assert_eq!(job.end, Some(4_102_444_800));
         assert_eq!(job.mounts, ["/x", "/y:/z"]);
         assert_eq!((job.workdir, job.script), (None, None));
         assert!(job.writable);
+    }
+
+    #[test]
+    fn steps_are_alike_whatever_their_job_and_command_and_by_nothing_else() {
+        let job = Job::parse(JOB).unwrap();
+        let other = |from: &str, to: &str| {
+            let text = std::str::from_utf8(JOB).unwrap().replace(from, to);
+            assert_ne!(text.as_bytes(), JOB);
+            Job::parse(text.as_bytes()).unwrap()
+        };
+        for (from, to) in [
+            ("jobid=7", "jobid=8"),
+            ("end=4", "end=5"),
+            ("prolog=/p", "prolog=/p\0command=x"),
+        ] {
+            assert!(job.is_like(&other(from, to)), "{to}");
+        }
+        for (from, to) in [
+            ("uid=1000", "uid=1001"),
+            ("gid=100", "gid=101"),
+            ("groups=4,5", "groups=4"),
+            ("config=/c", "config=/d"),
+            ("reference=a/b:1", "reference=a/b:2"),
+            ("reference=a/b:1", "reference=a/b:1\0pins=a/b:1=sha256:0"),
+            ("mount=/x", "mount=/z"),
+            ("workdir=", "workdir=/w"),
+            ("writable=1", "writable=0"),
+            ("script=", "script=/s"),
+            ("prolog=/p", "prolog=/q"),
+            ("prolog=/p", "prolog=/p\0cwd=/w"),
+            ("prolog=/p", "prolog=/p\0home=/w"),
+            ("prolog=/p", "prolog=/p\0slurm_conf=/w"),
+            ("prolog=/p", "prolog=/p\0cluster=w"),
+        ] {
+            assert!(!job.is_like(&other(from, to)), "{to}");
+        }
     }
 
     #[test]

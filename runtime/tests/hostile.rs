@@ -219,7 +219,7 @@ fn a_task_cannot_get_at_the_node_s_root() {
     assert_eq!(roots.len(), 1, "{roots:?}");
     assert!(roots[0].contains("overlay"));
     // The helper, its children and its loop device are out of reach.
-    let pid = step.helper.id();
+    let pid = step.helper.as_ref().unwrap().id();
     let device = site.loops().remove(0);
     for path in [
         format!("/proc/{pid}/root/"),

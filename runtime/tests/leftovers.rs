@@ -33,8 +33,9 @@ fn a_killed_helper_leaves_the_running_task_and_nothing_after_it() {
     drop(namespace);
     let mut line = [0u8; 8];
     std::io::Read::read_exact(running.stdout.as_mut().unwrap(), &mut line).unwrap();
-    step.helper.kill().unwrap();
-    step.helper.wait().unwrap();
+    let helper = step.helper.as_mut().unwrap();
+    helper.kill().unwrap();
+    helper.wait().unwrap();
     assert!(running.try_wait().unwrap().is_none());
     assert_eq!(site.loops().len(), 1, "the task's mount keeps its device");
     running.kill().unwrap();
@@ -64,7 +65,7 @@ fn a_step_that_ends_before_its_image_is_found_ends_at_once() {
         daemon = listener.accept().ok();
         daemon.is_some()
     });
-    let pid = step.helper.id();
+    let pid = step.helper.as_ref().unwrap().id();
     let children = format!("/proc/{pid}/task/{pid}/children");
     let child = fs::read_to_string(children).unwrap();
     step.end();

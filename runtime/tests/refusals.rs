@@ -5,6 +5,8 @@ mod rig;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
 
 use berth_image::{Digest, Platform, PrivateKey, layout};
 use rig::{Answer, Site, Step, Tree, UID, able, text};
@@ -174,6 +176,36 @@ fn a_pin_decides_over_the_tag() {
     assert_eq!(text_of(&step, "cat /opt/version"), "old");
     let step = Step::start(&site, &[]);
     assert_eq!(text_of(&step, "cat /opt/version"), "new");
+}
+
+/// Where an image in the store is served on demand the daemon is asked for a grant, as a second source: no start waits for
+/// one that says nothing. (What ends this one is that no node service runs here.)
+#[test]
+fn a_silent_daemon_holds_no_start_up_that_can_do_without_it() {
+    if !able() {
+        return;
+    }
+    let (mut site, tree) = site();
+    site.node = format!(
+        "mount = 'lazy'\n{}[node.service]\nsocket = '{}'\n",
+        site.node,
+        site.path("none.sock").display()
+    );
+    let record = site.publish(&tree);
+    let silent = UnixListener::bind(site.path("no.sock")).unwrap();
+    fs::set_permissions(site.path("no.sock"), fs::Permissions::from_mode(0o666)).unwrap();
+    let pins = format!("{}={}", rig::REFERENCE, record.manifest);
+    let begun = Instant::now();
+    let (code, text) = refusal(&site, &[("pins", pins.as_ref())]);
+    assert!(code == 69 && text.contains("no node service"), "{text}");
+    assert!(
+        begun.elapsed() < Duration::from_secs(10),
+        "it was waited for"
+    );
+    silent.set_nonblocking(true).unwrap();
+    silent.accept().expect("it was asked");
+    let error = silent.accept().expect_err("and only once");
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -33,10 +34,13 @@ class Variant:
 
 
 def interleave(variants, runs, warm_up=1):
-    """Runs all variants `runs` times in turns, the order turned by one each time; the first `warm_up` rounds do not count."""
+    """Runs all variants `runs` times in turns; the first `warm_up` rounds do not count.
+
+    Each round has an order of its own, the same in every measurement: what one leaves behind (jobs that end, mounts that
+    go) would else always burden the same other one.
+    """
     for number in range(warm_up + runs):
-        shift = number % len(variants)
-        for variant in variants[shift:] + variants[:shift]:
+        for variant in random.Random(number).sample(variants, len(variants)):
             if variant.prepare:
                 variant.prepare()
             value = variant.run()

@@ -3,10 +3,11 @@
  *   reader walk DIR             lists every folder and stats every name
  *   reader sequential DIR N     N processes read every file of the tree in its order, each its share, in 1 MiB pieces
  *   reader random DIR COUNT     COUNT times: opens a random file, reads 4 KiB at a random place, closes it
+ *   reader open DIR COUNT       the same reads in files that are open already, 1,000 of them
  *   reader file FILE            reads one file in 1 MiB pieces
  *
- * Prints how much there was (names, bytes, reads) and the seconds it took. The list of files for `sequential` and
- * `random` is read from FILES in the environment, one path below DIR a line, after its size and a space; `list DIR`
+ * Prints how much there was (names, bytes, reads) and the seconds it took. The list of files for `sequential`,
+ * `random` and `open` is read from FILES in the environment, one path below DIR a line, after its size and a space; `list DIR`
  * prints such a list.
  */
 #define _GNU_SOURCE
@@ -122,25 +123,53 @@ static unsigned long sequential(int folder, size_t processes) {
     return sum;
 }
 
+/* A random file of at least 4 KiB, and a random place there. */
+static unsigned long chance = 42;
+
+static struct file *some_file(void) {
+    struct file *file;
+    do {
+        chance = chance * 6364136223846793005UL + 1442695040888963407UL;
+        file = &files[(chance >> 33) % file_count];
+    } while (file->size < 4096);
+    return file;
+}
+
+static void read_some(int fd, struct file *file) {
+    chance = chance * 6364136223846793005UL + 1442695040888963407UL;
+    if (pread(fd, piece, 4096, (long)((chance >> 33) % (file->size / 4096)) * 4096) != 4096) die(file->path);
+}
+
+static int open_file(int folder, struct file *file) {
+    int fd = openat(folder, file->path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) die(file->path);
+    return fd;
+}
+
 static unsigned long random_reads(int folder, unsigned long count) {
-    unsigned long state = 42, done = 0;
-    while (done < count) {
-        state = state * 6364136223846793005UL + 1442695040888963407UL;
-        struct file *file = &files[(state >> 33) % file_count];
-        if (file->size < 4096) continue;
-        state = state * 6364136223846793005UL + 1442695040888963407UL;
-        int fd = openat(folder, file->path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0) die(file->path);
-        if (pread(fd, piece, 4096, (long)((state >> 33) % (file->size / 4096)) * 4096) != 4096) die(file->path);
+    for (unsigned long done = 0; done < count; done++) {
+        struct file *file = some_file();
+        int fd = open_file(folder, file);
+        read_some(fd, file);
         close(fd);
-        done++;
     }
-    return done;
+    return count;
+}
+
+/* Opening is not measured: `start` is moved behind it. */
+static unsigned long open_reads(int folder, unsigned long count, double *start) {
+    enum { OPEN = 1000 };
+    static struct file *opened[OPEN];
+    static int fds[OPEN];
+    for (int at = 0; at < OPEN; at++) fds[at] = open_file(folder, opened[at] = some_file());
+    *start = now();
+    for (unsigned long done = 0; done < count; done++) read_some(fds[done % OPEN], opened[done % OPEN]);
+    return count;
 }
 
 int main(int argc, char **argv) {
     if (argc < 3) {
-        fputs("usage: reader walk|list|sequential|random|file PATH [NUMBER]\n", stderr);
+        fputs("usage: reader walk|list|sequential|random|open|file PATH [NUMBER]\n", stderr);
         return 2;
     }
     const char *what = argv[1];
@@ -152,11 +181,12 @@ int main(int argc, char **argv) {
         walk(AT_FDCWD, argv[2], "");
         return 0;
     }
-    if (!strcmp(what, "sequential") || !strcmp(what, "random")) load();
+    if (!strcmp(what, "sequential") || !strcmp(what, "random") || !strcmp(what, "open")) load();
     double start = now();
     if (!strcmp(what, "walk")) walk(AT_FDCWD, argv[2], NULL), result = names;
     else if (!strcmp(what, "sequential")) result = sequential(folder, number);
     else if (!strcmp(what, "random")) result = random_reads(folder, number);
+    else if (!strcmp(what, "open")) result = open_reads(folder, number, &start);
     else if (!strcmp(what, "file")) result = slurp(AT_FDCWD, argv[2]);
     printf("%lu %.6f\n", result, now() - start);
 }

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 from . import parts
-from .layout import DAEMON_UID, NODE_UID, REPOSITORY, SEALER_UID
+from .layout import DAEMON_UID, NODE_UID, REPOSITORY, SEALER_UID, suffix
 from .process import Failure
 from .slurm import write
 
@@ -46,18 +46,22 @@ def install(layout):
     for name, installed in PRODUCTS.items():
         if copy_if_newer(source / name, layout.path("bin", installed)):
             changed.add(installed)
-    write(layout.path("etc", "berth.toml"), toml(layout))
+    for number in layout.daemons:
+        write(layout.daemon_config(number), toml(layout, number))
     make_key(layout)
     make_store(layout)
     if changed & {"berthd", "berth-convert"}:
-        for part in (parts.berthd(layout), parts.sealer(layout)):
+        for part in (*parts.berthds(layout), parts.sealer(layout)):
             part.stop()
     if changed & {"berth-node"}:
         parts.node(layout).stop()
+    if changed & {"berth-runtime"}:
+        parts.standby(layout).stop()
 
 
 def start(layout):
-    return [part.name for part in (parts.sealer(layout), parts.berthd(layout), parts.node(layout)) if part.start()]
+    ours = (parts.sealer(layout), *parts.berthds(layout), parts.node(layout), parts.standby(layout))
+    return [part.name for part in ours if part.start()]
 
 
 def copy_if_newer(source, target):
@@ -95,14 +99,15 @@ def make_store(layout):
     run(layout.path("bin", "berth"), "--config", layout.path("etc", "berth.toml"), "store", "init", uid=SEALER_UID)
 
 
-def toml(layout):
-    """berth.toml: paths below the cluster's folder, defaults for all else, then what the caller asked for."""
+def toml(layout, number=1):
+    """berth.toml: paths below the cluster's folder, defaults for all else, then what the caller asked for. A daemon with
+    another number has a state, a socket and a port of its own."""
     path = layout.path
     sections = {
         "": {"default_registry": layout.registry},
         "store": {"path": path("store")},
-        "daemon": {"state_dir": path("daemon")},
-        "api": {"socket": layout.daemon_socket, "listen": f"127.0.0.1:{layout.choices['api_port']}",
+        "daemon": {"state_dir": path(f"daemon{suffix(number)}")},
+        "api": {"socket": layout.daemon_socket(number), "listen": f"127.0.0.1:{layout.daemon_port(number)}",
                 "munge_socket": layout.munge_socket},
         "seal": {"key": path("sealer", "site.key"), "socket": path("run", "sealer", "seal.sock"),
                  "state_dir": path("sealer"), "allow_uids": [DAEMON_UID], "spawn": False},
@@ -112,6 +117,11 @@ def toml(layout):
         "node": {"keys": [path("etc", "site.pub")], "run_dir": path("run", "node")},
         "node.service": {"socket": layout.node_socket, "user": str(NODE_UID), "cache_dir": path("cache")},
     }
+    prefix = layout.choices["slurm"]
+    if prefix != "/usr":
+        sections["node.slurm"] = {"bin_dir": f"{prefix}/bin", "lib_dir": f"{prefix}/lib/slurm"}
+    if len(layout.daemons) > 1:
+        sections["api"]["url"] = [layout.daemon_url(number) for number in layout.daemons]
     for address in layout.choices["plain_registries"]:
         sections[f'registry."{address}"'] = {"plain_http": True}
     lines = {name: {key: toml_value(value) for key, value in keys.items()} for name, keys in sections.items()}

@@ -44,6 +44,8 @@ class Layout:
             self.choices = json.loads(self.choices_file.read_text())
         except FileNotFoundError:
             raise Failure(f"no cluster '{self.name}'", hint=f"scripts/cluster up {self.name}") from None
+        # Those that an earlier release made had one, and the machine's Slurm.
+        self.choices = {"daemons": 1, "slurm": "/usr"} | self.choices
         return self
 
     def save(self):
@@ -60,15 +62,16 @@ class Layout:
             raise Failure(f"'{self.folder}' is too long a path for Unix sockets",
                           hint="set BERTH_CLUSTERS to a folder with a shorter path")
         with locked(CLUSTERS / ".ports.lock"):
-            nodes = choices["nodes"]
-            base = free_ports(nodes + 3, taken_ports())
+            nodes, daemons = choices["nodes"], choices["daemons"]
+            base = free_ports(nodes + 2 + daemons, taken_ports())
             self.choices = choices | {"slurmctld_port": base, "registry_port": base + 1, "api_port": base + 2,
                                       "slurmd_port": base + 3}
             for folder in ("", "bin", "etc", "run", "log", "slurmctld", "slurmd"):
                 self.path(folder).mkdir(mode=0o755, exist_ok=True)
-            for folder, uid in (("registry", REGISTRY_UID), ("daemon", DAEMON_UID), ("sealer", SEALER_UID),
+            for folder, uid in (("registry", REGISTRY_UID), *((f"daemon{suffix(n)}", DAEMON_UID) for n in self.daemons),
+                                ("sealer", SEALER_UID),
                                 ("store", SEALER_UID), ("run/daemon", DAEMON_UID), ("run/sealer", SEALER_UID), ("run/node", 0),
-                                ("cache", NODE_UID)):
+                                ("cache", 0)):
                 self.path(folder).mkdir(mode=0o755, exist_ok=True)
                 os.chown(self.path(folder), uid, uid)
             self.save()
@@ -76,6 +79,22 @@ class Layout:
     @property
     def nodes(self):
         return [f"n{number}" for number in range(1, self.choices["nodes"] + 1)]
+
+    @property
+    def daemons(self):
+        """Their numbers; the first is 1."""
+        return range(1, self.choices["daemons"] + 1)
+
+    def daemon_port(self, number=1):
+        """The others' ports lie behind those of the nodes."""
+        return self.choices["api_port"] if number == 1 else self.choices["slurmd_port"] + self.choices["nodes"] + number - 2
+
+    def daemon_url(self, number=1):
+        return f"http://127.0.0.1:{self.daemon_port(number)}"
+
+    def daemon_config(self, number=1):
+        """The first one's is everybody's."""
+        return self.path("etc", "berth.toml" if number == 1 else f"berthd-{number}.toml")
 
     @property
     def registry(self):
@@ -89,9 +108,8 @@ class Layout:
     def munge_socket(self):
         return self.path("run", "munge.socket.2")
 
-    @property
-    def daemon_socket(self):
-        return self.path("run", "daemon", "api.sock")
+    def daemon_socket(self, number=1):
+        return self.path("run", "daemon", f"api{suffix(number)}.sock")
 
     @property
     def node_socket(self):
@@ -106,6 +124,11 @@ class Layout:
         ours = f"SLURM_CONF={self.path('etc')}/".encode()
         on_a_node = any(entry.startswith(b"SLURMD_NODENAME=") for entry in environment)
         return on_a_node and any(entry.startswith(ours) for entry in environment)
+
+
+def suffix(number):
+    """What the names of a second daemon's files end with."""
+    return "" if number == 1 else f"-{number}"
 
 
 def all_clusters():
@@ -127,7 +150,8 @@ def taken_ports():
     for cluster in all_clusters():
         with contextlib.suppress(Failure, json.JSONDecodeError, KeyError):
             choices = cluster.load().choices
-            taken.update(range(choices["slurmctld_port"], choices["slurmd_port"] + choices["nodes"]))
+            end = choices["slurmd_port"] + choices["nodes"] + choices["daemons"] - 1
+            taken.update(range(choices["slurmctld_port"], end))
     return taken
 
 

@@ -1,4 +1,4 @@
-"""The processes of a cluster, in the order they start: munged, registry, sealer, berthd, node service, slurmctld, slurmd."""
+"""The processes of a cluster, in the order they start: munged, registry, Berth's own, slurmctld, slurmd."""
 
 import http.client
 import os
@@ -6,10 +6,8 @@ import socket
 import stat
 
 from . import slurm
-from .layout import DAEMON_UID, REGISTRY_UID, SEALER_UID
+from .layout import DAEMON_UID, REGISTRY_UID, SEALER_UID, suffix
 from .process import Process
-
-PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def munged(layout):
@@ -46,7 +44,7 @@ http:
 
 def slurmctld(layout):
     return Process(
-        "slurmctld", layout.folder, [f"{slurm.SBIN}/slurmctld", "-D", "-f", layout.slurm_conf],
+        "slurmctld", layout.folder, [f"{layout.choices['slurm']}/sbin/slurmctld", "-D", "-f", layout.slurm_conf],
         environment(layout) | {"SLURM_CONF": layout.slurm_conf}, ready=lambda: slurm.controller_answers(layout),
     )
 
@@ -55,7 +53,7 @@ def slurmd(layout, node):
     conf = slurm.node_conf(layout, node)
     layout.path("slurmd", node).mkdir(mode=0o755, exist_ok=True)
     return Process(
-        f"slurmd-{node}", layout.folder, [f"{slurm.SBIN}/slurmd", "-D", "-N", node, "-f", conf],
+        f"slurmd-{node}", layout.folder, [f"{layout.choices['slurm']}/sbin/slurmd", "-D", "-N", node, "-f", conf],
         environment(layout) | {"SLURM_CONF": conf, "BERTH_NODE": node},
     )
 
@@ -68,12 +66,17 @@ def sealer(layout):
     )
 
 
-def berthd(layout):
+def berthd(layout, number=1):
     return Process(
-        "berthd", layout.folder, [layout.path("bin", "berthd"), "--config", layout.path("etc", "berth.toml")],
+        f"berthd{suffix(number)}", layout.folder, [layout.path("bin", "berthd"), "--config", layout.daemon_config(number)],
         environment(layout) | {"RUST_LOG": "info"}, uid=DAEMON_UID,
-        ready=lambda: http_ok(unix(layout.daemon_socket), "/readyz"),
+        ready=lambda: http_ok(unix(layout.daemon_socket(number)), "/readyz"),
     )
+
+
+def berthds(layout):
+    """All of them, over one store and with one sealer."""
+    return [berthd(layout, number) for number in layout.daemons]
 
 
 def node(layout):
@@ -84,15 +87,25 @@ def node(layout):
     )
 
 
+def standby(layout):
+    """One for all nodes, too."""
+    sockets = layout.path("run", "node").glob
+    return Process(
+        "standby", layout.folder,
+        [layout.path("bin", "berth-runtime"), "standby", "--config", layout.path("etc", "berth.toml")],
+        environment(layout), ready=lambda: any(connects(path, socket.SOCK_SEQPACKET) for path in sockets("step-*.sock")),
+    )
+
+
 def all_parts(layout):
     parts = [munged(layout), registry(layout)]
     if layout.choices["berth"]:
-        parts += [sealer(layout), berthd(layout), node(layout)]
+        parts += [sealer(layout), *berthds(layout), node(layout), standby(layout)]
     return parts + [slurmctld(layout)] + [slurmd(layout, node) for node in layout.nodes]
 
 
 def environment(layout):
-    return {"PATH": PATH, "LANG": "C.UTF-8", "BERTH_CLUSTER_DIR": layout.folder}
+    return {"PATH": slurm.search_path(layout.choices["slurm"]), "LANG": "C.UTF-8", "BERTH_CLUSTER_DIR": layout.folder}
 
 
 def is_socket(path):

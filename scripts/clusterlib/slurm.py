@@ -1,11 +1,10 @@
 """Slurm's configuration for many nodes on one machine, and questions to a running slurmctld."""
 
 import os
+import shutil
 import socket
 import subprocess
 from pathlib import Path
-
-SBIN = "/usr/sbin"
 
 SLURM_CONF = """\
 # Written by scripts/cluster: one slurmctld and {nodes} slurmd on this machine.
@@ -58,6 +57,15 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
+def own_path(prefix):
+    """Where the programs of a Slurm are that was installed with a prefix; one below /usr is found as all else is."""
+    return [] if prefix == "/usr" else [f"{prefix}/bin", f"{prefix}/sbin"]
+
+
+def search_path(prefix):
+    return ":".join([*own_path(prefix), "/usr/sbin", "/usr/bin", "/sbin", "/bin"])
+
+
 def write_configuration(layout):
     """slurm.conf for everybody, and one more for each node that differs (`--without-plugin NODE`)."""
     choices = layout.choices
@@ -99,7 +107,8 @@ def plugstack(layout, plugin):
     if not choices["berth"] or choices["plugin"] == "none":
         return "# no plugins\n"
     words = [choices["plugin"], plugin, f"runtime={layout.path('bin', 'berth-runtime')}",
-             f"config={layout.path('etc', 'berth.toml')}", f"log={layout.path('log', 'berth-runtime.log')}",
+             f"config={layout.path('etc', 'berth.toml')}", f"run_dir={layout.path('run', 'node')}",
+             f"log={layout.path('log', 'berth-runtime.log')}",
              *choices["plugin_args"]]
     return " ".join(words) + "\n"
 
@@ -119,7 +128,7 @@ def node_conf(layout, node):
 
 def ask(layout, *argv, seconds=20):
     """Runs one of Slurm's commands against the cluster; its standard output, or None when it failed."""
-    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "SLURM_CONF": str(layout.slurm_conf)}
+    env = {"PATH": search_path(layout.choices["slurm"]), "SLURM_CONF": str(layout.slurm_conf)}
     try:
         run = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
@@ -143,7 +152,6 @@ def node_states(layout):
     return (ask(layout, "sinfo", "--noheader", "--Node", "--format=%N %T %E") or "").strip()
 
 
-def missing_programs():
+def missing_programs(prefix):
     wanted = ("slurmctld", "slurmd", "munged", "scontrol", "docker-registry")
-    folders = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")
-    return [name for name in wanted if not any(os.access(Path(folder) / name, os.X_OK) for folder in folders)]
+    return [name for name in wanted if shutil.which(name, path=search_path(prefix)) is None]

@@ -74,6 +74,9 @@ pub fn init_post_opt(settings: &Settings, context: Context) {
         new_job: is_new_job(context),
         starts_step: context == Context::Local,
         job_image: ffi::own_env(names::JOB_IMAGE).filter(|value| !value.is_empty()),
+        cwd: std::env::current_dir()
+            .ok()
+            .map(|path| path.into_os_string().into_encoded_bytes()),
     };
     let plan = match plan::client(&asked) {
         Ok(plan) => plan,

@@ -22,7 +22,15 @@ pub const JOB: [&CStr; 5] = [JOB_IMAGE, JOB_MOUNTS, JOB_WORKDIR, JOB_WRITABLE, J
 pub const STEP_MOUNTS: &CStr = c"SLURM_BERTH_STEP_MOUNTS";
 pub const STEP_WORKDIR: &CStr = c"SLURM_BERTH_STEP_WORKDIR";
 pub const STEP_WRITABLE: &CStr = c"SLURM_BERTH_STEP_WRITABLE";
-pub const STEP: [&CStr; 4] = [CONTAINER, STEP_MOUNTS, STEP_WORKDIR, STEP_WRITABLE];
+/// srun's own folder, which its tasks will most likely start in. Slurm tells the node only with the tasks.
+pub const STEP_CWD: &CStr = c"SLURM_BERTH_STEP_CWD";
+pub const STEP: [&CStr; 5] = [
+    CONTAINER,
+    STEP_MOUNTS,
+    STEP_WORKDIR,
+    STEP_WRITABLE,
+    STEP_CWD,
+];
 
 /// `JOBID@NODENAME`, set for a task that the plugin let through; `berth-guard` looks for it.
 pub const TASK: &CStr = c"SLURM_BERTH_TASK";

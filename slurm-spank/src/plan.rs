@@ -1,6 +1,7 @@
 //! Pure decisions: what a client passes on, and what a node is to do with a step. No Slurm, no system calls.
 
 use crate::names;
+use std::collections::BTreeSet;
 use std::ffi::CStr;
 
 /// The word that asks for no container.
@@ -27,6 +28,8 @@ pub struct Asked {
     pub starts_step: bool,
     /// The image of the job around this client.
     pub job_image: Option<Vec<u8>>,
+    /// This client's own folder.
+    pub cwd: Option<Vec<u8>>,
 }
 
 /// What a client does: variables to set, and the reference to ask the daemon about.
@@ -40,6 +43,17 @@ pub struct ClientPlan {
 }
 
 pub fn client(asked: &Asked) -> Result<ClientPlan, Refusal> {
+    let mut plan = images(asked)?;
+    if let Some(cwd) = &asked.cwd
+        && plan.contained
+        && asked.starts_step
+    {
+        plan.set.push((names::STEP_CWD, cwd.clone()));
+    }
+    Ok(plan)
+}
+
+fn images(asked: &Asked) -> Result<ClientPlan, Refusal> {
     let own = match (&asked.container, &asked.image) {
         (Some(container), Some(image)) if container != image => {
             return Err(Refusal(
@@ -199,15 +213,15 @@ pub fn node(env: &StepEnv) -> Option<Wish> {
     })
 }
 
-/// `A,B,C` in order, empty and repeated entries left out: Slurm calls option callbacks twice in places.
+/// `A,B,C` in order, empty and repeated entries left out: Slurm calls option callbacks twice in places. A list is the
+/// user's, and slurmstepd waits for this: the time grows with its length alone.
 pub fn split_mounts(list: Option<Vec<u8>>) -> Vec<Vec<u8>> {
-    let mut mounts: Vec<Vec<u8>> = Vec::new();
-    for entry in list.unwrap_or_default().split(|byte| *byte == b',') {
-        if !entry.is_empty() && !mounts.iter().any(|known| known == entry) {
-            mounts.push(entry.to_vec());
-        }
-    }
-    mounts
+    let list = list.unwrap_or_default();
+    let mut known = BTreeSet::new();
+    list.split(|byte| *byte == b',')
+        .filter(|entry| !entry.is_empty() && known.insert(*entry))
+        .map(<[u8]>::to_vec)
+        .collect()
 }
 
 /// The job's pins with one more; a new answer for the same reference replaces the old one.
@@ -296,6 +310,29 @@ mod tests {
     }
 
     #[test]
+    fn only_who_starts_tasks_in_a_container_says_where() {
+        let srun = Asked {
+            image: some("y"),
+            starts_step: true,
+            cwd: some("/scratch"),
+            ..Asked::default()
+        };
+        let cwd = |asked: &Asked| value(&client(asked).unwrap(), names::STEP_CWD);
+        assert_eq!(cwd(&srun), some("/scratch"));
+        let sbatch = Asked {
+            starts_step: false,
+            new_job: true,
+            ..srun.clone()
+        };
+        assert_eq!(cwd(&sbatch), None);
+        let on_the_host = Asked {
+            image: None,
+            ..srun
+        };
+        assert_eq!(cwd(&on_the_host), None);
+    }
+
+    #[test]
     fn none_asks_for_the_host() {
         let asked = Asked {
             job_image: some("x"),
@@ -369,6 +406,15 @@ mod tests {
         assert_eq!(wish.mounts.len(), 3);
         assert_eq!(wish.workdir, b"/sw");
         assert!(wish.writable);
+    }
+
+    /// One that compared each entry with all others would be at it for minutes.
+    #[test]
+    fn a_list_without_end_is_read_in_one_go() {
+        let entries: Vec<String> = (0..200_000).map(|n| format!("/{n:x}")).collect();
+        let list = [entries.join(","), entries.join(",")].join(",");
+        let mounts = split_mounts(Some(list.into_bytes()));
+        assert!(mounts.iter().eq(entries.iter().map(String::as_bytes)));
     }
 
     #[test]

@@ -9,6 +9,8 @@ pub struct Settings {
     pub runtime: String,
     /// `config=PATH`: the site's one configuration file, handed to the helper.
     pub config: String,
+    /// `run_dir=PATH`: `node.run_dir` of that file, where a helper may wait for steps.
+    pub run_dir: String,
     /// `wait=SECONDS`: how long a task waits for its container.
     pub wait: Duration,
     /// `image_option=0`: leave `--image` to another plugin.
@@ -24,6 +26,7 @@ impl Default for Settings {
         Self {
             runtime: "/usr/libexec/berth/berth-runtime".into(),
             config: "/etc/berth/berth.toml".into(),
+            run_dir: "/run/berth-node".into(),
             wait: Duration::from_secs(600),
             image_option: true,
             log: None,
@@ -39,6 +42,7 @@ impl Settings {
             match argument.split_once('=') {
                 Some(("runtime", path)) if path.starts_with('/') => settings.runtime = path.into(),
                 Some(("config", path)) if path.starts_with('/') => settings.config = path.into(),
+                Some(("run_dir", path)) if path.starts_with('/') => settings.run_dir = path.into(),
                 Some(("log", path)) if path.starts_with('/') => settings.log = Some(path.into()),
                 Some(("wait", seconds))
                     if seconds.parse::<u32>().is_ok_and(|seconds| seconds > 0) =>
@@ -62,6 +66,7 @@ mod tests {
     fn arguments_are_read_and_unknown_ones_kept() {
         let arguments = [
             "runtime=/r",
+            "run_dir=/d",
             "wait=5",
             "image_option=0",
             "log=/l",
@@ -70,6 +75,7 @@ mod tests {
         ];
         let settings = Settings::parse(&arguments.map(String::from));
         assert_eq!(settings.runtime, "/r");
+        assert_eq!(settings.run_dir, "/d");
         assert_eq!(settings.wait, Duration::from_secs(5));
         assert!(!settings.image_option);
         assert_eq!(settings.log.as_deref(), Some("/l"));

@@ -34,6 +34,59 @@ pub fn pair() -> Result<(OwnedFd, OwnedFd), Error> {
     Ok(unsafe { (OwnedFd::from_raw_fd(one), OwnedFd::from_raw_fd(other)) })
 }
 
+/// Connects to a process of root's that listens at `path`; waits for nothing. EPERM when it is another's.
+pub fn connect_to_root(path: &[u8]) -> Result<OwnedFd, Error> {
+    let address = address_of(path)?;
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: no memory is involved.
+    let socket = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+    if socket < 0 {
+        return Err(errno());
+    }
+    // SAFETY: fresh and ours.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    let length = std::mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: a whole address and its length.
+    if unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) } != 0 {
+        return Err(errno());
+    }
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: u32::MAX,
+        gid: u32::MAX,
+    };
+    let mut length = std::mem::size_of_val(&peer) as libc::socklen_t;
+    // SAFETY: room for the credentials, and its length.
+    let told = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut length,
+        )
+    };
+    match told {
+        0 if peer.uid == 0 => Ok(socket),
+        0 => Err(libc::EPERM),
+        _ => Err(errno()),
+    }
+}
+
+fn address_of(path: &[u8]) -> Result<libc::sockaddr_un, Error> {
+    // SAFETY: an all-zero address is a valid one.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    // The last byte stays zero.
+    if path.len() >= address.sun_path.len() || path.contains(&0) {
+        return Err(libc::ENAMETOOLONG);
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(path) {
+        *to = *from as libc::c_char;
+    }
+    Ok(address)
+}
+
 /// Opens a path for reading, CLOEXEC.
 pub fn open(path: &std::ffi::CStr, flags: c_int) -> Result<OwnedFd, Error> {
     // SAFETY: a C string; no mode is needed without O_CREAT.
@@ -137,7 +190,8 @@ pub fn peek(socket: BorrowedFd<'_>) -> Option<Vec<u8>> {
 
 fn try_receive(socket: BorrowedFd<'_>, flags: c_int) -> Result<Received, Error> {
     let mut control: Control = [0; 4];
-    let mut message = vec![0u8; crate::wire::MAX_MESSAGE];
+    // Room for the longest message would cost each task a page fault for each of its pages.
+    let mut message = vec![0u8; next_length(socket)?.min(crate::wire::MAX_MESSAGE)];
     let mut part = libc::iovec {
         iov_base: message.as_mut_ptr().cast::<c_void>(),
         iov_len: message.len(),
@@ -166,6 +220,14 @@ fn try_receive(socket: BorrowedFd<'_>, flags: c_int) -> Result<Received, Error> 
         message,
         fd: fds.pop(),
     })
+}
+
+/// How long the first waiting message is; 0 at the end of the stream.
+fn next_length(socket: BorrowedFd<'_>) -> Result<usize, Error> {
+    let flags = libc::MSG_PEEK | libc::MSG_TRUNC | libc::MSG_DONTWAIT;
+    // SAFETY: nothing is written to a buffer of no bytes.
+    let length = unsafe { libc::recv(socket.as_raw_fd(), std::ptr::null_mut(), 0, flags) };
+    usize::try_from(length).map_err(|_| errno())
 }
 
 /// Every descriptor in the control data, owned: those nobody asked for are closed.
@@ -223,6 +285,22 @@ pub fn wait_any(polled: &mut [libc::pollfd], deadline: Instant) -> Result<(), Er
     }
 }
 
+/// One that listens there and accepts nobody.
+#[cfg(test)]
+pub fn listener(path: &str) -> OwnedFd {
+    let address = address_of(path.as_bytes()).unwrap();
+    let length = std::mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: a whole address and its length; the descriptor is fresh and ours.
+    unsafe {
+        let socket = libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0);
+        assert!(socket >= 0);
+        let socket = OwnedFd::from_raw_fd(socket);
+        let bound = libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length);
+        assert_eq!((bound, libc::listen(socket.as_raw_fd(), 4)), (0, 0));
+        socket
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,6 +347,34 @@ mod tests {
         drop(one);
         assert_eq!(peek(other.as_fd()).unwrap(), b"Ecode=70");
         assert_eq!(peek(other.as_fd()).unwrap(), b"Ecode=70");
+    }
+
+    #[test]
+    fn what_is_too_long_is_told_and_what_follows_is_heard() {
+        let (one, other) = pair().unwrap();
+        let null = open(c"/dev/null", libc::O_RDONLY).unwrap();
+        let long = vec![b'R'; crate::wire::MAX_MESSAGE + 1];
+        for message in [&long[..], &long[1..], b"Pnext"] {
+            send(one.as_fd(), message, &[null.as_raw_fd()], soon()).unwrap();
+        }
+        let taken = || receive(other.as_fd(), soon()).map(|received| received.message.len());
+        assert_eq!(taken(), Err(libc::EMSGSIZE));
+        assert_eq!(taken(), Ok(crate::wire::MAX_MESSAGE));
+        assert_eq!(taken(), Ok(5));
+    }
+
+    #[test]
+    fn a_full_listener_is_told_at_once_and_no_path_is_too_long_for_an_answer() {
+        let path = std::env::temp_dir().join(format!("berth-full-{}", std::process::id()));
+        let path = path.to_str().unwrap();
+        let listener = listener(path);
+        let waiting: Vec<_> = (0..100).map(|_| connect_to_root(path.as_bytes())).collect();
+        assert_eq!(waiting.last().unwrap().as_ref().err(), Some(&libc::EAGAIN));
+        drop(listener);
+        std::fs::remove_file(path).unwrap();
+        let long = "/".repeat(200);
+        let refused = connect_to_root(long.as_bytes()).err();
+        assert_eq!(refused, Some(libc::ENAMETOOLONG));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! | tag | from → to | body | descriptors |
 //! |---|---|---|---|
+//! | `S` | plugin → standby, once, before all else | 16 hexadecimal digits, steps of a kind have the same; not fields | the plugin's mount namespace, its log |
 //! | `J` | plugin → helper, once | the step: config, uid, gid, groups, reference, … | – |
 //! | `T` | task → helper | task, procid, cwd | the helper's end of the task's own pair, the task's mount namespace |
 //! | `P` | helper → task | a line of progress, not fields | – |
@@ -10,6 +11,8 @@
 //!
 //! A message is at most [`MAX_MESSAGE`] bytes. A longer body is cut anywhere into parts: the lower-case tag says that
 //! more follows, the upper-case one is the last part. A peer that sends more than [`MAX_BODY`] in all is refused.
+
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 /// Bytes of one message, tag included.
 pub const MAX_MESSAGE: usize = 64 * 1024;
@@ -34,6 +37,13 @@ impl Body {
 
     pub fn number(&mut self, key: &str, value: u32) -> &mut Self {
         self.field(key, value.to_string().as_bytes())
+    }
+
+    /// A number of what it holds so far. Others may have the same: for finding, not for telling apart.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.0.hash(&mut hasher);
+        hasher.finish()
     }
 
     /// The messages to send, in order; `None` when the body is too long.

@@ -356,7 +356,10 @@ mod tests {
             heads: 0,
             bytes: 3010,
         };
-        assert_eq!(proxy.blobs(), [("x".to_owned(), count)]);
+        // The client may have its bytes before they are counted.
+        crate::wait_until("all is counted", 10, || {
+            (proxy.blobs() == [("x".to_owned(), count)]).then_some(())
+        });
     }
 
     #[test]

@@ -164,6 +164,8 @@ fn a_helper_that_is_missing_or_dies() {
     cluster
         .berth(&["pull", &format!("docker://{}", image.name)])
         .ok();
+    // One that is started for the step; the one on standby goes on without its file.
+    cluster.service("stop", "standby");
     let helper = cluster.folder().join("bin/berth-runtime");
     let aside = helper.with_extension("aside");
     fs::rename(&helper, &aside).unwrap();
@@ -175,6 +177,15 @@ fn a_helper_that_is_missing_or_dies() {
         .user("srun", &[&container(&image.name), "sh", "-c", WHERE])
         .end();
     assert_eq!(ended.ok(), "VARIANT_ID=helper");
+    // With one on standby, and one that was killed there.
+    cluster.service("start", "standby");
+    for what in ["start", "kill"] {
+        cluster.service(what, "standby");
+        let ended = cluster
+            .user("srun", &[&container(&image.name), "sh", "-c", WHERE])
+            .end();
+        assert_eq!(ended.ok(), "VARIANT_ID=helper", "{what}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use berth_tests::cluster::repository;
 use berth_tests::image::{Layer, Pushed, digest, noise};
 use berth_tests::suite::{WHERE, container};
 use berth_tests::{Cluster, Image, Options, wait_until};
@@ -18,7 +19,8 @@ fn mounts(cluster: &Cluster) -> Vec<Value> {
 }
 
 fn unused(cluster: &Cluster) {
-    wait_until("no step uses a mount", 30, || {
+    // A helper that waits for a next step of the kind is a user for half a minute.
+    wait_until("no step uses a mount", 60, || {
         mounts(cluster)
             .iter()
             .all(|mount| mount["users"] == 0)
@@ -86,6 +88,113 @@ fn the_second_job_gets_the_mount_that_the_first_one_left() {
     cluster.assert_nodes_idle();
 }
 
+/// How the last task's view came to be.
+fn view(cluster: &Cluster) -> String {
+    let log = cluster.log("berth-runtime");
+    let last = log.lines().rfind(|line| line.contains(" view=")).unwrap();
+    last.rsplit('=').next().unwrap().to_owned()
+}
+
+/// Processes of the steps' helper on standby: itself, and who serves or waits for steps.
+fn helpers(cluster: &Cluster) -> usize {
+    let config = cluster.get("BERTH_CONFIG");
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let lines = processes.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+    let lines = lines.map(|line| String::from_utf8_lossy(&line).into_owned());
+    lines
+        .filter(|line| line.contains("\0standby\0") && line.contains(config))
+        .count()
+}
+
+#[test]
+fn steps_of_a_kind_share_what_was_built_for_half_a_minute_and_others_do_not() {
+    let cluster = Cluster::own("test-node-stays", &Options::new(&["--nodes", "1"]));
+    let image = image(&cluster, "stays");
+    let option = container(&image.name);
+    let step = |words: &[&str]| {
+        let words = [words, &["sh", "-c", WHERE]].concat();
+        let ended = cluster.user("srun", &words).end();
+        let mut lines = ended.ok().lines();
+        assert!(lines.all(|line| line == "VARIANT_ID=stays"), "{ended}");
+        view(&cluster)
+    };
+    // The half minute may be over on a busy machine, and tests beside this one mount things: then a later step does.
+    let shared = |words: &[&str]| {
+        wait_until("a step has what one before it left", 120, || {
+            (step(words) == "before").then_some(())
+        });
+    };
+    assert_eq!(step(&[&option]), "ahead");
+    let given = mounts(&cluster)[0]["given"].as_u64().unwrap();
+    shared(&[&option]);
+    // It was another job's, and the service was told.
+    let mount = &mounts(&cluster)[0];
+    assert!(mount["given"].as_u64().unwrap() > given, "{mount:?}");
+    // A test beside this one may make who waits leave: then one of a later step is looked for.
+    wait_until("one user, who waits", 120, || {
+        step(&[&option]);
+        (mounts(&cluster)[0]["users"] == 1).then_some(())
+    });
+    // Two tasks, two steps at a time, another command.
+    shared(&[&option, "--overcommit", "-n2"]);
+    let both = format!("srun {option} sh -c '{WHERE}' & srun {option} sh -c '{WHERE}'; wait");
+    let ended = cluster.user_sh(&both).end();
+    assert_eq!(ended.ok().matches("VARIANT_ID=stays").count(), 2, "{ended}");
+    shared(&[&option]);
+
+    // Whatever is another wish is another view.
+    let mounted = "--container-mounts=/tmp:/mnt";
+    assert_eq!(step(&[&option, mounted]), "ahead");
+    let seen = [
+        "srun",
+        &option,
+        "sh",
+        "-c",
+        "ls -d /mnt/* >/dev/null 2>&1 || echo nothing",
+    ];
+    let ended = cluster.user(seen[0], &seen[1..]).end();
+    assert_eq!(ended.ok().trim(), "nothing");
+    let there = cluster.user_sh(&format!("cd /usr && srun {option} sh -c '{WHERE}; pwd'"));
+    let there = there.end();
+    assert!(there.ok().trim().ends_with("/usr"), "{there}");
+    assert_eq!(view(&cluster), "ahead");
+    // Nor is another user served with it.
+    let root = cluster.root("srun", &[&option, "sh", "-c", "id -u"]).end();
+    assert_eq!(root.ok().trim(), "0");
+    assert_ne!(view(&cluster), "before");
+    // What a user writes is one step's.
+    for _ in 0..2 {
+        let write = "test ! -e /tmp2 && mkdir /tmp2";
+        let words = [&option, "--container-writable", "sh", "-c", write];
+        cluster.user("srun", &words).end().ok();
+        assert_ne!(view(&cluster), "before");
+    }
+
+    // The site has another configuration from now on.
+    shared(&[&option]);
+    let config = cluster.get("BERTH_CONFIG");
+    let text = std::fs::read_to_string(config).unwrap();
+    std::fs::write(config, text + "# changed\n").unwrap();
+    assert_eq!(step(&[&option]), "ahead");
+    // Nobody stays where mounts are to be let go of, nor without the one who knows.
+    shared(&[&option]);
+    let drained = cluster.root("berth", &["node", "drain"]).end();
+    assert_eq!(drained.code, 0, "who waited left at once: {drained}");
+    assert!(mounts(&cluster).is_empty());
+    wait_until("one helper", 10, || (helpers(&cluster) == 1).then_some(()));
+    assert_eq!(step(&[&option]), "ahead");
+    assert_eq!(step(&[&option]), "ahead");
+    cluster.service("stop", "node");
+    cluster.service("start", "node");
+    assert_eq!(step(&[&option]), "ahead");
+    shared(&[&option]);
+    cluster.service("kill", "standby");
+    wait_until("who waited leaves", 10, || {
+        (helpers(&cluster) == 0).then_some(())
+    });
+    cluster.assert_nodes_idle();
+}
+
 #[test]
 fn a_job_outlives_the_service_and_others_start_without_it() {
     let cluster = Cluster::own("test-node-gone", &Options::new(&["--nodes", "1"]));
@@ -93,7 +202,18 @@ fn a_job_outlives_the_service_and_others_start_without_it() {
     let option = container(&image.name);
     let job = cluster.sbatch("gone", &[], &reading_job(&image.name));
     begun(&job.folder);
+    // Its figures for a collector, which are there as long as it is.
+    let collector = cluster.scratch("collector");
+    let script = repository().join("scripts/packaging/berth-node-metrics");
+    let words = [script.to_str().unwrap(), collector.to_str().unwrap()];
+    let figures = || cluster.root("sh", &words).end();
+    let file = collector.join("berth.prom");
+    figures().ok();
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(text.contains("\nberth_node_mounts_used 1\n"), "{text}");
     cluster.service("kill", "node");
+    assert_ne!(figures().code, 0);
+    assert_eq!(std::fs::read_dir(&collector).unwrap().count(), 0);
     let ended = cluster.user("srun", &[&option, "sh", "-c", WHERE]).end();
     assert_eq!(ended.ok().trim(), "VARIANT_ID=gone");
     cluster.service("start", "node");

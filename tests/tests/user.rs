@@ -5,8 +5,10 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
+use berth_tests::cluster::unique;
+use berth_tests::image::{Layer, noise};
 use berth_tests::suite::{WHERE, suite};
-use berth_tests::{Ended, wait_until};
+use berth_tests::{Ended, Image, wait_until};
 
 /// A copy of the shell image in a folder of the user's, as a file of his own.
 fn own_file(test: &str) -> PathBuf {
@@ -333,6 +335,80 @@ fn exec_and_mount_fetch_on_demand_where_the_store_is_not() {
     fs::write(&config, changed).unwrap();
     let refused = berth(&["exec", name, "true"]);
     assert_eq!(refused.code, 77, "{refused}");
+}
+
+#[test]
+fn trace_records_what_a_command_reads_with_the_store_and_without() {
+    let suite = suite();
+    let folder = suite.cluster.scratch("trace");
+    let bare = without_store(&folder);
+    let site = suite.cluster.folder().join("etc/berth.toml");
+    // New ones each time: the daemon keeps traces.
+    let image = |variant: &str| {
+        let layer = Layer::new().file("big", &noise(7, 4 << 20), 0o644);
+        let layer = layer.file("new", unique().as_bytes(), 0o644);
+        let image = Image::shell(variant).layer(&layer);
+        let image = image.push(suite.cluster.registry(), &format!("test/{variant}:1"));
+        suite.cluster.berth(&["pull", &image.name]).ok();
+        image
+    };
+    for (config, variant) in [(&site, "trace-store"), (&bare, "trace-daemon")] {
+        let image = image(variant);
+        let berth = |words: &[&str]| {
+            let words = [&["--config", text(config)], words].concat();
+            let run = suite.cluster.user("berth", &words);
+            run.env("XDG_CACHE_HOME", &folder).end()
+        };
+        let bytes = || {
+            let ended = berth(&["--json", "trace", &image.digest]);
+            let trace: serde_json::Value = serde_json::from_str(ended.ok()).unwrap();
+            let runs = trace["runs"].as_array().unwrap().clone();
+            let chunks = |run: &serde_json::Value| run[1].as_u64().unwrap();
+            runs.iter().map(chunks).sum::<u64>() * 65536
+        };
+        // What reads little is traced as little; its exit code counts, and so it does where no trace is kept.
+        let ended = berth(&["trace", &image.name, "--", "sh", "-c", "exit 3"]);
+        assert_eq!(ended.code, 3, "{ended}");
+        assert!(ended.stderr.contains("is kept"), "{ended}");
+        let small = bytes();
+        let read = "cat /big > /dev/null";
+        let again = berth(&["trace", &image.name, "--", "sh", "-c", read]);
+        assert_eq!(again.code, 1, "{again}");
+        assert!(again.stderr.contains("has a trace already"), "{again}");
+        // An admin's takes its place, on a cache that is warm.
+        let words = ["--config", text(config), "trace", &image.name, "--"];
+        let words = [&words[..], &["sh", "-c", read]].concat();
+        let run = suite.cluster.root("berth", &words);
+        run.env("XDG_CACHE_HOME", &folder).end().ok();
+        let large = bytes();
+        assert!(small > 0 && large > small, "{small} {large}");
+    }
+    // No signal is kept from the command, by `berth exec` either.
+    let masks = ["grep", "SigBlk", "/proc/self/status"];
+    for words in [
+        &["trace", &suite.shell.name, "--"][..],
+        &["exec", &suite.shell.name],
+    ] {
+        let words = [words, &["busybox"], &masks].concat();
+        let ended = suite.cluster.berth(&words);
+        let blocked = ended.stdout.trim();
+        assert_eq!(blocked, "SigBlk:\t0000000000000000", "{ended}");
+    }
+    // Who ends it ends the command, and what was read until then counts.
+    let (image, begun) = (image("trace-ended"), folder.join("begun"));
+    let script = format!(
+        "berth trace {} -- sh -c 'echo > {1}; exec sleep 1000' & trace=$!\n\
+         until [ -e {1} ]; do sleep 0.05; done; kill $trace; wait $trace; echo $?",
+        image.name,
+        begun.display()
+    );
+    let ended = suite.cluster.user_sh(&script).end();
+    assert_eq!(ended.ok().trim(), "143", "{ended}");
+    assert!(ended.stderr.contains("is kept"), "{ended}");
+    let ended = suite
+        .cluster
+        .berth(&["trace", text(&own_file("trace-own")), "--", "true"]);
+    assert_eq!(ended.code, 2, "{ended}");
 }
 
 #[test]

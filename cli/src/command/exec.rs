@@ -30,19 +30,24 @@ pub fn exec(context: &Context, args: ExecArgs) -> Result<(), Failure> {
     if !job.writable {
         job.mounted = mounted_here(context, &image);
     }
-    let job_file = inherited_file(&job)?;
+    let (mut command, _job) = becoming(&image, &job)?;
+    Err(not_run(&command.exec()))
+}
+
+/// The program that becomes the job's command, and the job, which it inherits.
+pub fn becoming(image: &ImageFile, job: &UserJob) -> Result<(Command, OwnedFd), Failure> {
+    let job_file = inherited_file(job)?;
     if let Bytes::File { file, .. } = &image.bytes {
         inherit(file)?;
     }
-    let runtime = programs::find("berth-runtime")?;
+    let mut command = Command::new(programs::find("berth-runtime")?);
     let number = job_file.as_raw_fd().to_string();
-    let error = Command::new(&runtime)
-        .args(["user", "--job", &number])
-        .exec();
-    Err(Failure::new(
-        OTHER,
-        format!("cannot run `{}`: {error}", runtime.display()),
-    ))
+    command.args(["user", "--job", &number]);
+    Ok((command, job_file))
+}
+
+pub fn not_run(error: &std::io::Error) -> Failure {
+    Failure::new(OTHER, format!("cannot run `berth-runtime`: {error}"))
 }
 
 /// The folder where this machine's node service shows the image to this user: what jobs read from it is in memory.
@@ -53,7 +58,13 @@ fn mounted_here(context: &Context, image: &ImageFile) -> Option<PathBuf> {
     path::folder(context, record, PATIENCE).ok()
 }
 
-fn job(context: &Context, image: &ImageFile, command: Vec<OsString>, view: ViewArgs) -> UserJob {
+/// What is to be run, by a server of the user's own.
+pub fn job(
+    context: &Context,
+    image: &ImageFile,
+    command: Vec<OsString>,
+    view: ViewArgs,
+) -> UserJob {
     let run = image.record.as_ref().map(|record| &record.run);
     let exists = context.config_path.exists();
     let (file, serve, grant) = match &image.bytes {

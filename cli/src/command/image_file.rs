@@ -1,13 +1,13 @@
 //! The image that a command line names, as bytes to be served: an image of the store's, pulled first where needed, or
 //! a SquashFS file of the user's own. Where the store is not on this machine, the daemon gives the bytes as they are
-//! read; each is checked against the signed record.
+//! read, or several do; each byte is checked against the signed record.
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use berth_client::api::{GrantRequest, PullRequest};
+use berth_client::api::PullRequest;
 use berth_image::digest::hex;
 use berth_image::{Digest, Platform, Record, layout};
 use nix::fcntl::{OFlag, open};
@@ -35,10 +35,11 @@ pub struct ImageFile {
 pub enum Bytes {
     /// A file, opened with the rights of whoever runs this.
     File { path: PathBuf, file: OwnedFd },
-    /// The daemon's.
+    /// The daemons'.
     Daemon {
         /// Options of `berth-fuse`.
         options: Vec<OsString>,
+        /// For its environment: each daemon's own.
         grant: String,
     },
 }
@@ -132,31 +133,33 @@ fn on_demand(
         )
         .hint("the site's public key must be in `node.keys` here")
     })?;
-    let grant = client.grant(&GrantRequest {
-        digest: digest.to_string(),
-        platform: Some(platform.to_string()),
-        node: nix::unistd::gethostname()
-            .map(|name| name.to_string_lossy().into_owned())
-            .unwrap_or_default(),
-        seconds: None,
-    })?;
-    let source = client.data_source(&digest, &platform);
+    let granted = berth_runtime::granted(&context.config, &digest, &platform)?;
+    let (sources, grants): (Vec<_>, Vec<_>) = granted.into_iter().unzip();
     Ok(ImageFile {
         name: text.to_owned(),
         bytes: Bytes::Daemon {
-            options: options(&record, &source, cache_folder()),
-            grant: grant.grant,
+            options: options(&record, &sources, cache_folder()),
+            grant: grants.join(" "),
         },
         record: Some(record),
     })
 }
 
-fn options(record: &Record, source: &str, cache: Option<PathBuf>) -> Vec<OsString> {
-    let mut options: Vec<OsString> = vec![
-        format!("--verity-root={}", hex(&record.file.verity_root)).into(),
-        format!("--hash-offset={}", record.file.hash_offset).into(),
-        format!("--from={source}").into(),
-    ];
+/// Options of `berth-fuse` for what is to be checked against a record.
+pub fn sealed_as(record: &Record) -> [OsString; 2] {
+    let file = &record.file;
+    [
+        format!("--verity-root={}", hex(&file.verity_root)).into(),
+        format!("--hash-offset={}", file.hash_offset).into(),
+    ]
+}
+
+fn options(record: &Record, sources: &[String], cache: Option<PathBuf>) -> Vec<OsString> {
+    let mut options = sealed_as(record).to_vec();
+    let sources = sources
+        .iter()
+        .map(|source| format!("--from={source}").into());
+    options.extend(sources);
     if let Some(folder) = cache {
         let mut cache = OsString::from("--cache=");
         cache.push(folder);

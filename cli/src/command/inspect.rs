@@ -45,8 +45,10 @@ fn here(context: &Context, found: &Found) -> Option<MountStatus> {
     };
     let (digest, platform) = (&found.record.manifest, &found.record.platform);
     let (digest, platform) = (digest.to_string(), platform.to_string());
-    let mut mounts = status.mounts.into_iter();
-    mounts.find(|mount| mount.digest == digest && mount.platform == platform)
+    let mounts = status.mounts.into_iter();
+    let of_it = mounts.filter(|mount| mount.digest == digest && mount.platform == platform);
+    // Of several the one that the next job gets.
+    of_it.min_by_key(|mount| mount.how == How::Lazy)
 }
 
 fn mounted(here: &MountStatus) -> String {

@@ -12,6 +12,7 @@ pub mod node;
 pub mod path;
 pub mod pull;
 pub mod pulls;
+pub mod record;
 pub mod rm;
 pub mod status;
 pub mod store;

@@ -96,6 +96,15 @@ fn show(status: &Status) -> Result<(), Failure> {
         ],
         &rows,
     )?;
+    let copies = status.copies;
+    if copies.count > 0 {
+        output::line(&format!(
+            "whole images on this node: {}, {} of at most {}",
+            copies.count,
+            output::size(copies.bytes),
+            output::size(copies.limit),
+        ))?;
+    }
     match status.draining {
         true => output::line("drained: nothing is kept until the service is restarted"),
         false => Ok(()),
@@ -105,7 +114,7 @@ fn show(status: &Status) -> Result<(), Failure> {
 fn how(how: How) -> &'static str {
     match how {
         How::Kernel => "kernel",
-        How::Cache => "kernel, from the cache",
+        How::Cache => "kernel, node's copy",
         How::Lazy => "on demand",
     }
 }

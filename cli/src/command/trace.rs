@@ -26,7 +26,7 @@ pub fn trace(context: &Context, image: &str, set: Option<&Path>) -> Result<(), F
     }
 }
 
-fn read(record: &Record, text: &[u8]) -> Result<Trace, String> {
+pub fn read(record: &Record, text: &[u8]) -> Result<Trace, String> {
     let file = &record.file;
     Trace::from_json(&file.verity_root, file.hash_offset, text).map_err(|e| e.to_string())
 }
@@ -48,19 +48,31 @@ fn send(
     }
     let text = std::fs::read(file).map_err(|e| wrong(e.to_string()))?;
     let trace = read(record, &text).map_err(wrong)?;
+    keep(client, digest, record, &trace)?;
+    match context.json {
+        true => output::json(&json!({ "digest": digest, "bytes": trace.bytes() })),
+        false => output::line(&kept(&trace)),
+    }
+}
+
+/// Gives a trace to the daemon.
+pub fn keep(
+    client: &Client,
+    digest: &Digest,
+    record: &Record,
+    trace: &Trace,
+) -> Result<(), Failure> {
     let answer = client.put_trace(digest, &record.platform, &trace.to_json())?;
     if !answer.kept {
         let message = format!("{} has a trace already", digest.short());
         return Err(Failure::new(OTHER, message)
             .hint("an admin may replace it; another user, once it is a day old and no admin's"));
     }
-    match context.json {
-        true => output::json(&json!({ "digest": digest, "bytes": trace.bytes() })),
-        false => output::line(&format!(
-            "a trace of {} is kept",
-            output::size(trace.bytes())
-        )),
-    }
+    Ok(())
+}
+
+pub fn kept(trace: &Trace) -> String {
+    format!("a trace of {} is kept", output::size(trace.bytes()))
 }
 
 fn show(
@@ -73,7 +85,7 @@ fn show(
     let Some(text) = text else {
         let message = format!("there is no trace of {}", digest.short());
         return Err(Failure::new(OTHER, message)
-            .hint("the first job that fetches the image on demand records one"));
+            .hint("`berth trace IMAGE -- COMMAND` records one, as does the first job that fetches the image on demand"));
     };
     let trace = read(record, &text)
         .map_err(|e| Failure::new(70, format!("the daemon sent no trace: {e}")))?;

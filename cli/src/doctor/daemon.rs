@@ -1,8 +1,9 @@
-//! The daemon, the clock, and munge.
+//! The daemons, their clocks, and munge.
 
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
-use berth_client::{Client, Munge, Probe};
+use berth_client::{Client, ClientError, Munge, Probe};
 use berth_config::Config;
 use jiff::Timestamp;
 use jiff::fmt::rfc2822::DateTimeParser;
@@ -13,32 +14,48 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// munge refuses credentials older or newer than five minutes; long before that something is wrong.
 const SKEW_WARN: i64 = 30;
 const SKEW_FAIL: i64 = 240;
+const NAME: &str = "daemon";
+const OTHERS: &str = "the others are asked instead";
 const COLD: &str = "images that are in the store start all the same, others do not";
 
 pub fn checks(config: &Config) -> Vec<Check> {
-    let mut checks = daemon(config);
+    let mut checks = daemons(config);
     checks.push(munge(config));
     checks
 }
 
-fn daemon(config: &Config) -> Vec<Check> {
-    let name = "daemon";
-    let client = match Client::from_config(config) {
-        Ok(client) => client.within(LIMIT),
-        Err(e) => return vec![Check::warn(name, format!("{e}: {COLD}")).hint(hint(&e))],
+/// Each of the site's daemons, asked side by side.
+fn daemons(config: &Config) -> Vec<Check> {
+    let each = match Client::each_from_config(config) {
+        Ok(each) => each,
+        Err(e) => return vec![Check::warn(NAME, format!("{e}: {COLD}")).hint(hint(&e))],
     };
-    let probe = match client.probe() {
-        Ok(probe) => probe,
-        Err(e) => {
-            return vec![
-                Check::warn(name, format!("{e}: {COLD}"))
-                    .hint("start it where it lives: systemctl status berthd"),
-            ];
-        }
+    let asked: Vec<Result<Vec<Check>, ClientError>> = std::thread::scope(|scope| {
+        let ask = |client: Client| scope.spawn(move || daemon(&client.within(LIMIT), config));
+        let asked: Vec<_> = each.into_iter().map(ask).collect();
+        let asked = asked.into_iter().map(ScopedJoinHandle::join);
+        asked.flatten().collect()
+    });
+    let lost = match asked.iter().all(Result::is_err) {
+        true => COLD,
+        false => OTHERS,
     };
+    let checks = asked.into_iter().map(|asked| match asked {
+        Ok(checks) => checks,
+        Err(e) => vec![
+            Check::warn(NAME, format!("{e}: {lost}"))
+                .hint("start it where it lives: systemctl status berthd"),
+        ],
+    });
+    checks.flatten().collect()
+}
+
+/// What one daemon says, and its clock; an error where it does not answer.
+fn daemon(client: &Client, config: &Config) -> Result<Vec<Check>, ClientError> {
+    let probe = client.probe()?;
     let mut checks = vec![match client.status() {
         _ if probe.status != 200 => Check::warn(
-            name,
+            NAME,
             format!(
                 "{} answers that it is not well (HTTP {})",
                 client.place(),
@@ -47,7 +64,7 @@ fn daemon(config: &Config) -> Vec<Check> {
         )
         .hint("its log says why: journalctl -u berthd"),
         Ok(status) if status.store != config.store.path.display().to_string() => Check::warn(
-            name,
+            NAME,
             format!(
                 "{} publishes into `{}`, this machine reads `{}`",
                 client.place(),
@@ -57,18 +74,22 @@ fn daemon(config: &Config) -> Vec<Check> {
         )
         .hint("give both the same configuration"),
         Ok(status) if status.sealer.starts_with("down") => Check::warn(
-            name,
-            format!("its sealer is {}: no new image can be made", status.sealer),
+            NAME,
+            format!(
+                "the sealer of {} is {}: no new image can be made",
+                client.place(),
+                status.sealer
+            ),
         )
         .hint("systemctl status berth-seal, or set `seal.spawn` where berthd is to start it"),
         Ok(status) => Check::ok(
-            name,
+            NAME,
             format!("berthd {} at {}", status.version, client.place()),
         ),
-        Err(e) => Check::warn(name, e.to_string()).hint(hint(&e)),
+        Err(e) => Check::warn(NAME, e.to_string()).hint(hint(&e)),
     }];
     checks.extend(clock(&probe));
-    checks
+    Ok(checks)
 }
 
 fn hint(error: &berth_client::ClientError) -> String {
@@ -100,16 +121,17 @@ fn munge(config: &Config) -> Check {
         let munge = Munge::load(config.api.munge_socket.as_deref())?;
         munge.decode(&munge.encode(b"doctor")?)
     };
-    match (round_trip(), &config.api.url) {
+    let urls = &config.api.url;
+    match (round_trip(), urls.is_empty()) {
         (Ok(who), _) => Check::ok(
             name,
             format!("makes and takes credentials, as uid {}", who.uid),
         ),
-        (Err(e), Some(url)) => Check::fail(
+        (Err(e), false) => Check::fail(
             name,
-            format!("{e}: the daemon at {url} would not know who asks"),
+            format!("{e}: the daemon at {urls} would not know who asks"),
         )
         .hint("install libmunge2, start munged, and see that its key is the cluster's"),
-        (Err(e), None) => Check::warn(name, format!("{e}; needed only where `api.url` is set")),
+        (Err(e), true) => Check::warn(name, format!("{e}; needed only where `api.url` is set")),
     }
 }

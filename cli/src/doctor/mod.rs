@@ -109,7 +109,7 @@ fn configured(config: &Config) -> Vec<Check> {
     let mut checks = site::keys(config);
     checks.extend(site::store(config));
     checks.extend(daemon::checks(config));
-    checks.push(node::check(config));
+    checks.extend(node::checks(config));
     checks
 }
 

@@ -120,6 +120,17 @@ impl Catalogue {
         Ok(())
     }
 
+    /// Removes this row, unless the image was made anew meanwhile.
+    pub async fn forget_image(&self, image: &ImageRow) -> Result<(), CatalogueError> {
+        sqlx::query("DELETE FROM images WHERE manifest = $1 AND platform = $2 AND record = $3")
+            .bind(image.manifest.to_string())
+            .bind(image.platform.to_string())
+            .bind(&image.record)
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+
     pub async fn remove_image(
         &self,
         manifest: &Digest,

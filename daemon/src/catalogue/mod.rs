@@ -4,7 +4,9 @@
 //! ([`scan`]). Only this module knows SQL. Plain SQL that PostgreSQL takes as well.
 
 mod images;
+mod migrations;
 mod pins;
+mod present;
 mod prune;
 mod pulls;
 mod scan;
@@ -20,6 +22,7 @@ use sqlx::SqlitePool;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 
 pub use images::ImageRow;
+pub use present::Present;
 pub use prune::Bounds;
 pub use pulls::{EndedPull, OpenPull};
 pub use scan::scan;
@@ -94,7 +97,7 @@ impl Catalogue {
                 path: path.into(),
                 source,
             })?;
-        sqlx::migrate!("./migrations")
+        migrations::migrator()
             .run(&pool)
             .await
             .map_err(|source| CatalogueError::Migrate {

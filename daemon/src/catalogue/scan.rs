@@ -135,7 +135,7 @@ fn read_store(
     Ok((present, new, refused))
 }
 
-fn read_image(
+pub(super) fn read_image(
     store: &Store,
     keys: &[PublicKey],
     manifest: &Digest,

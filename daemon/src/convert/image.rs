@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use berth_client::api::{ErrorBody, ErrorKind};
 use berth_image::Digest;
+use berth_image::shown::{clip, parse_error};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
@@ -16,7 +17,7 @@ use serde::Deserialize;
 use tokio::sync::watch;
 
 use super::Progress;
-use crate::catalogue::{Catalogue, ImageRow};
+use crate::catalogue::{Catalogue, ImageRow, Present};
 use crate::fetch::{Blob, FetchError, Fetcher, Want, feed};
 use crate::metrics::Metrics;
 use crate::resolve::manifest::{Descriptor, Manifest, ManifestError};
@@ -42,6 +43,7 @@ pub(super) struct Inner {
     pub(super) fetcher: Fetcher,
     pub(super) sealer: Sealer,
     pub(super) catalogue: Catalogue,
+    pub(super) present: Present,
     pub(super) metrics: Arc<Metrics>,
     pub(super) turns: Turns,
     pub(super) max_bytes: u64,
@@ -77,7 +79,8 @@ impl Inner {
         let mut tried = 0;
         loop {
             tried += 1;
-            if let Some(image) = self.catalogue.image(manifest, platform).await? {
+            let there = self.present.image(manifest, platform).await?;
+            if let Some(image) = there {
                 return Ok(image);
             }
             match self.attempt(resolution, (alone, uid), news).await {
@@ -197,17 +200,20 @@ impl Inner {
         let is: For = serde_json::from_slice(&bytes).map_err(|e| {
             failed(
                 ErrorKind::ConversionFailed,
-                format!("the configuration of {} is not JSON: {e}", manifest.digest),
+                format!(
+                    "the configuration of {} is not right: {}",
+                    manifest.digest,
+                    parse_error(&e)
+                ),
             )
         })?;
         let wanted = &resolution.platform;
         if !wanted.accepts(&is.os, &is.architecture, is.variant.as_deref()) {
             let variant = is.variant.map(|v| format!("/{v}")).unwrap_or_default();
             let available = format!("{}/{}{variant}", is.os, is.architecture);
-            let available = available.chars().take(100).flat_map(char::escape_default);
             return Err(Attempt::from(ManifestError::NoPlatform {
                 wanted: wanted.clone(),
-                available: vec![available.collect()],
+                available: vec![clip(&available)],
             }));
         }
         Ok(text(bytes, "configuration")?)

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use berth_client::api::{ErrorBody, ErrorKind, Pull, PullState};
 use berth_config::Config;
-use berth_image::{ImageRef, Platform};
+use berth_image::{Digest, ImageRef, Platform};
 use jiff::Timestamp;
 
-use crate::catalogue::{Catalogue, EndedPull, ImageRow, OpenPull};
+use crate::catalogue::{Catalogue, EndedPull, ImageRow, OpenPull, Present};
 use crate::convert::{Maker, Progress};
 use crate::metrics::{Metrics, Outcome, PullLabels};
 use crate::resolve::{Resolution, Resolver};
@@ -41,6 +41,7 @@ struct Inner {
     maker: Maker,
     sealer: Sealer,
     catalogue: Catalogue,
+    present: Present,
     metrics: Arc<Metrics>,
     table: Mutex<Table>,
     failure_ttl: Duration,
@@ -52,7 +53,7 @@ impl Pulls {
         resolver: Resolver,
         maker: Maker,
         sealer: Sealer,
-        catalogue: Catalogue,
+        (catalogue, present): (Catalogue, Present),
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
@@ -61,6 +62,7 @@ impl Pulls {
                 maker,
                 sealer,
                 catalogue,
+                present,
                 metrics,
                 table: Mutex::default(),
                 failure_ttl: Duration::from_secs(config.daemon.failure_ttl_s),
@@ -77,10 +79,8 @@ impl Pulls {
         is_admin: bool,
     ) -> Result<Arc<Entry>, ErrorBody> {
         let inner = &self.inner;
-        if let Some((resolution, image)) = inner.at_once(reference, platform).await? {
-            return self
-                .found(&resolution.reference.to_string(), &image, uid)
-                .await;
+        if let Some((_, entry)) = self.at_hand(reference, platform, uid).await? {
+            return Ok(entry);
         }
         let key = (reference.clone(), platform.clone());
         let entry = {
@@ -121,6 +121,21 @@ impl Pulls {
         };
         self.run(key, entry.clone(), Some(open));
         Ok(entry)
+    }
+
+    /// What needs nobody's answer and is in the store: its digest, and a pull that has ended.
+    pub async fn at_hand(
+        &self,
+        reference: &ImageRef,
+        platform: &Platform,
+        uid: u32,
+    ) -> Result<Option<(Digest, Arc<Entry>)>, ErrorBody> {
+        let Some((resolution, image)) = self.inner.at_once(reference, platform).await? else {
+            return Ok(None);
+        };
+        let name = resolution.reference.to_string();
+        let entry = self.found(&name, &image, uid).await?;
+        Ok(Some((resolution.manifest, entry)))
     }
 
     /// Lets the next one who asks try again, though it failed just now.
@@ -243,8 +258,12 @@ impl Inner {
         let Some(resolution) = known.filter(|r| r.published) else {
             return Ok(None);
         };
-        let image = self.catalogue.image(&resolution.manifest, platform).await?;
-        Ok(image.map(|image| (resolution, image)))
+        let image = self.present.image(&resolution.manifest, platform).await?;
+        let Some(image) = image else {
+            return Ok(None);
+        };
+        let is_named = self.present.reference(&resolution.reference).await;
+        Ok(is_named.then_some((resolution, image)))
     }
 
     /// The stages, one after the other.
@@ -276,7 +295,7 @@ impl Inner {
 
     /// Has the store say what the reference stands for, unless it does already.
     async fn publish_reference(&self, resolution: &Resolution) -> Result<(), ErrorBody> {
-        if resolution.published {
+        if resolution.published && self.present.reference(&resolution.reference).await {
             return Ok(());
         }
         let request = Request::Ref(RefRequest {

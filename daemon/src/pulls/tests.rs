@@ -1,8 +1,10 @@
 //! Whole pulls, from a registry that misbehaves to a sealer that checks what it gets.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 use berth_client::api::{ErrorKind, Job, PullState};
+use berth_image::layout;
 
 use super::*;
 use crate::registry::testing::{Fault, TestRegistry};
@@ -397,4 +399,45 @@ async fn the_spool_is_trimmed_to_its_size() {
     }
     app.fetcher.trim();
     assert!(app.fetcher.spool_bytes().unwrap() <= 150_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_was_taken_out_of_the_store_is_forgotten_and_made_anew() {
+    let (site, registry) = (Site::new(""), TestRegistry::start().await);
+    let image = registry.push("a/b", "1", &[&noise(50, 100_000)]);
+    let app = site.daemon().await;
+    let name = reference(&registry.host(), "a/b:1");
+    let store = site.dir.path().join("store");
+    let dir = store.join(layout::image_dir(&image.digest, &Platform::host()));
+    let data = PathBuf::from(pull(&app, &name).await.path.unwrap());
+    let made = || site.counts.sealed.load(Ordering::SeqCst);
+    let removals: [&dyn Fn(); 4] = [
+        &|| std::fs::remove_dir_all(&dir).unwrap(),
+        &|| std::fs::remove_file(dir.join(layout::RECORD)).unwrap(),
+        &|| std::fs::remove_file(&data).unwrap(),
+        &|| std::fs::write(&data, b"cut").unwrap(),
+    ];
+    for (before, remove) in (1..).zip(removals) {
+        assert_eq!(made(), before);
+        remove();
+        let ended = pull(&app, &name).await;
+        assert_eq!(ended.state, PullState::Ready, "{:?}", ended.error);
+        assert_eq!(ended.path.as_deref().map(Path::new), Some(&*data));
+        assert_eq!(made(), before + 1);
+        assert_eq!(std::fs::metadata(&data).unwrap().len(), 8192);
+    }
+    // What the reference stands for is said anew, too.
+    let told = || site.counts.refs.lock().unwrap().len();
+    let before = told();
+    std::fs::remove_dir_all(store.join(layout::REFS)).unwrap();
+    assert_eq!(pull(&app, &name).await.state, PullState::Ready);
+    assert_eq!((told(), made()), (before + 1, 5));
+    // A store that is not there is not an empty one.
+    std::fs::remove_file(store.join(layout::FORMAT)).unwrap();
+    std::fs::rename(store.join(layout::IMAGES), store.join("away")).unwrap();
+    assert_eq!(pull(&app, &name).await.state, PullState::Ready);
+    assert_eq!(
+        (made(), app.catalogue.images().await.unwrap().len()),
+        (5, 1)
+    );
 }

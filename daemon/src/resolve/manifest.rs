@@ -2,6 +2,7 @@
 //! list), as far as making an image needs it. Pure.
 
 use berth_client::api::{ErrorBody, ErrorKind};
+use berth_image::shown::{clip, parse_error};
 use berth_image::{Digest, Platform};
 use serde::Deserialize;
 
@@ -161,7 +162,7 @@ struct Version {
 /// Reads `bytes`, whose digest is `digest`. Only they say what they are: a registry's `Content-Type` is not part of
 /// what the digest vouches for, and cannot make an index of an image (CVE-2021-41190) or nonsense of either.
 pub fn parse(digest: Digest, bytes: &[u8]) -> Result<Document, ManifestError> {
-    let malformed = |e: serde_json::Error| ManifestError::Malformed(digest, e.to_string());
+    let malformed = |e: serde_json::Error| ManifestError::Malformed(digest, parse_error(&e));
     let version: Version = serde_json::from_slice(bytes).map_err(malformed)?;
     if version.schema_version == 1 {
         return Err(ManifestError::Schema1(digest));
@@ -296,14 +297,6 @@ fn limit(
         found,
         limit,
     })
-}
-
-/// A stranger's string in an error line.
-fn clip(text: &str) -> String {
-    text.chars()
-        .take(120)
-        .flat_map(char::escape_default)
-        .collect()
 }
 
 #[cfg(test)]

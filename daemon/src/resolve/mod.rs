@@ -17,7 +17,7 @@ use berth_image::{Digest, ImageRef, Platform};
 use jiff::Timestamp;
 
 use crate::admit::admit;
-use crate::catalogue::{Catalogue, TagRow};
+use crate::catalogue::{Catalogue, Present, TagRow};
 use crate::flight::Flights;
 use crate::registry::{RawManifest, Registries};
 use manifest::{Document, Manifest, ManifestError};
@@ -69,6 +69,7 @@ pub struct Resolver {
 struct Inner {
     registries: Arc<Registries>,
     catalogue: Catalogue,
+    present: Present,
     policy: Policy,
     ttl: Duration,
     failure_ttl: Duration,
@@ -79,11 +80,17 @@ struct Inner {
 }
 
 impl Resolver {
-    pub fn new(config: &Config, registries: Arc<Registries>, catalogue: Catalogue) -> Self {
+    pub fn new(
+        config: &Config,
+        registries: Arc<Registries>,
+        catalogue: Catalogue,
+        present: Present,
+    ) -> Self {
         Self {
             inner: Arc::new(Inner {
                 registries,
                 catalogue,
+                present,
                 ttl: Duration::from_secs(config.daemon.tag_ttl_s),
                 policy: config.policy.clone(),
                 failure_ttl: Duration::from_secs(config.daemon.failure_ttl_s),
@@ -226,8 +233,13 @@ impl Inner {
     }
 
     async fn ask(&self, reference: &ImageRef, platform: &Platform) -> Answer {
-        let known = self.catalogue.tag(reference, platform).await?;
-        if let Some(row) = known.as_ref().filter(|row| self.is_fresh(row)) {
+        let known = match self.catalogue.tag(reference, platform).await? {
+            Some(row) => Some(row),
+            // Another daemon's answer, which the sealer signed.
+            None => self.present.entry(reference, platform).await?,
+        };
+        let for_ever = reference.digest().is_some();
+        if let Some(row) = (known.as_ref()).filter(|row| for_ever || self.is_fresh(row)) {
             return Ok(resolution(reference, platform, row, false));
         }
         let answer = self.ask_registry(reference, platform, known.as_ref()).await;
@@ -261,7 +273,7 @@ impl Inner {
         let checked_at = Timestamp::now();
         let top = match reference.digest() {
             // An image that is in the store tells its own digest, whatever became of its registry.
-            Some(digest) if self.catalogue.image(&digest, platform).await?.is_some() => {
+            Some(digest) if self.present.known(&digest, platform).await?.is_some() => {
                 return Ok(TagRow {
                     top: digest,
                     manifest: digest,

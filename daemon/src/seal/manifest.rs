@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use berth_client::api::ErrorKind;
 use berth_image::record::RunConfig;
+use berth_image::shown::parse_error;
 use berth_image::{Digest, Platform};
 use serde::Deserialize;
 
@@ -159,8 +160,12 @@ fn expect_digest(what: &str, text: &str, expected: Digest) -> Result<(), SealFai
 }
 
 fn parse<'t, T: Deserialize<'t>>(what: &str, text: &'t str) -> Result<T, SealFailure> {
-    serde_json::from_str(text)
-        .map_err(|e| failed(format!("the image's {what} cannot be understood: {e}")))
+    serde_json::from_str(text).map_err(|e| {
+        failed(format!(
+            "the image's {what} cannot be understood: {}",
+            parse_error(&e)
+        ))
+    })
 }
 
 fn failed(message: String) -> SealFailure {

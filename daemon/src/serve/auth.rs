@@ -21,6 +21,7 @@ use tokio::net::{TcpListener, UnixListener};
 
 use super::App;
 use super::limit::MAX_BODY;
+use super::shares::Cut;
 
 /// Who asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,13 +31,13 @@ pub struct Caller {
     pub is_admin: bool,
 }
 
-/// The other end of a Unix connection; `None` when the kernel does not say.
-#[derive(Debug, Clone, Copy)]
-pub struct Peer(Option<u32>);
+/// The other end of a Unix connection, `None` when the kernel does not say, and what ends the connection.
+#[derive(Debug, Clone)]
+pub struct Peer(Option<u32>, Cut);
 
 impl Connected<IncomingStream<'_, super::limit::Limited<UnixListener>>> for Peer {
     fn connect_info(stream: IncomingStream<'_, super::limit::Limited<UnixListener>>) -> Self {
-        Self(stream.io().peer_uid())
+        Self(stream.io().peer_uid(), stream.io().cut())
     }
 }
 
@@ -49,24 +50,25 @@ pub enum Place {
     Machine(IpAddr),
 }
 
-/// The other end of a TCP connection.
-#[derive(Debug, Clone, Copy)]
-pub struct Remote(Place);
+/// The other end of a TCP connection, and what ends it.
+#[derive(Debug, Clone)]
+pub struct Remote(Place, Cut);
 
 impl Connected<IncomingStream<'_, super::limit::Limited<TcpListener>>> for Remote {
     fn connect_info(stream: IncomingStream<'_, super::limit::Limited<TcpListener>>) -> Self {
         let address: &SocketAddr = stream.remote_addr();
-        Self(Place::of(address.ip()))
+        Self(Place::of(address.ip()), stream.io().cut())
     }
 }
 
 /// Lets a request pass that shows a grant; one that shows none comes back.
 async fn by_grant(
     app: &Arc<App>,
-    place: Place,
+    (place, cut): (Place, Cut),
     mut request: Request,
     next: Next,
 ) -> Result<Response, (Request, Next)> {
+    request.extensions_mut().insert(cut);
     let header = request.headers().get("authorization");
     let Some(grant) = header
         .and_then(|v| v.to_str().ok())
@@ -97,7 +99,7 @@ pub async fn by_grant_or_peer(
     request: Request,
     next: Next,
 ) -> Response {
-    match by_grant(&app, Place::Here, request, next).await {
+    match by_grant(&app, (Place::Here, peer.0.1.clone()), request, next).await {
         Ok(response) => response,
         Err((request, next)) => by_peer(State(app), peer, request, next).await,
     }
@@ -110,7 +112,7 @@ pub async fn by_grant_or_munge(
     request: Request,
     next: Next,
 ) -> Response {
-    match by_grant(&app, remote.0.0, request, next).await {
+    match by_grant(&app, (remote.0.0, remote.0.1.clone()), request, next).await {
         Ok(response) => response,
         Err((request, next)) => by_munge(State((app, munge)), remote, request, next).await,
     }
@@ -119,7 +121,7 @@ pub async fn by_grant_or_munge(
 /// For the Unix socket.
 pub async fn by_peer(
     State(app): State<Arc<App>>,
-    ConnectInfo(Peer(uid)): ConnectInfo<Peer>,
+    ConnectInfo(Peer(uid, _)): ConnectInfo<Peer>,
     mut request: Request,
     next: Next,
 ) -> Response {
@@ -136,7 +138,7 @@ pub async fn by_peer(
 /// For TCP. A machine without libmunge refuses everybody there.
 pub async fn by_munge(
     State((app, munge)): State<(Arc<App>, Arc<Munge>)>,
-    ConnectInfo(Remote(place)): ConnectInfo<Remote>,
+    ConnectInfo(Remote(place, _)): ConnectInfo<Remote>,
     request: Request,
     next: Next,
 ) -> Response {

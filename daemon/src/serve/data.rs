@@ -26,6 +26,7 @@ use serde::Deserialize;
 use super::error::ApiError;
 use super::grants::{Granted, Grants};
 use super::readers::{self, Answers, Readable};
+use super::shares::Cut;
 use super::turns::{Turn, Turns};
 use super::{App, Caller, platform};
 
@@ -134,6 +135,7 @@ pub(super) async fn data(
     Query(which): Query<Which>,
     Extension(caller): Extension<Caller>,
     granted: Option<Extension<Granted>>,
+    cut: Option<Extension<Cut>>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let granted = granted.as_ref().map(|granted| &granted.0);
@@ -161,7 +163,8 @@ pub(super) async fn data(
             return Ok((StatusCode::RANGE_NOT_SATISFIABLE, all).into_response());
         }
     };
-    let Some(turn) = app.serving.turns.take(caller.uid).await else {
+    let cut = cut.map(|cut| cut.0).unwrap_or_default();
+    let Some(turn) = app.serving.turns.take(caller.uid, cut).await else {
         let message = "too many requests of this user for image bytes at a time";
         let mut answer = ApiError::new(ErrorKind::StoreUnavailable, message).into_response();
         *answer.status_mut() = StatusCode::TOO_MANY_REQUESTS;

@@ -31,8 +31,6 @@ use super::{Answer, App, Body, Caller, platform, readers};
 
 /// How long a grant is good where nothing else is asked for: a day.
 const USUAL_S: u64 = 24 * 3600;
-/// And at most: a month, longer than any job.
-const MOST_S: u64 = 31 * 24 * 3600;
 /// Longest grant looked at, in bytes.
 const MAX_GRANT: usize = 2048;
 /// Longest name of a node.
@@ -148,7 +146,8 @@ pub(super) async fn grant(
         return Err(bad("that is not a node's name".into()));
     }
     let image = readers::readable(&app, &caller, &digest, &platform).await?;
-    let seconds = request.seconds.unwrap_or(USUAL_S).clamp(1, MOST_S);
+    let most = app.config.daemon.grant_s;
+    let seconds = request.seconds.unwrap_or(USUAL_S).min(most).max(1);
     let until = Timestamp::now().as_second() + seconds as i64;
     let granted = Granted {
         digest,
@@ -162,6 +161,7 @@ pub(super) async fn grant(
     Ok(Json(Grant {
         grant: app.serving.grants.sign(&granted),
         expires_at: Timestamp::from_second(until).map_or_else(|_| String::new(), |t| t.to_string()),
+        seconds,
     }))
 }
 

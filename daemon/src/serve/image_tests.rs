@@ -83,7 +83,8 @@ async fn an_images_file_is_sent_by_range_and_its_record_as_it_is_signed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_grant_opens_one_image_to_who_has_it_and_a_restricted_one_to_those_who_may() {
-    let (site, registry) = (Site::new(""), TestRegistry::start().await);
+    let site = Site::new("[daemon]\ngrant_s = 90\n");
+    let registry = TestRegistry::start().await;
     let app = site.daemon().await;
     let (digest, bytes) = image(&app, &registry, "a/b").await;
     let (other, _) = image(&app, &registry, "c/d").await;
@@ -91,22 +92,28 @@ async fn a_grant_opens_one_image_to_who_has_it_and_a_restricted_one_to_those_who
     let listener = listen_unix(&socket).unwrap();
     let stop = CancellationToken::new();
     let server = tokio::spawn(serve_unix(listener, app.clone(), stop.clone()));
-    let ask_grant = |uid: u32, digest: Digest| {
+    let ask_grant_for = |seconds: u64, uid: u32, digest: Digest| {
         let router = as_uid(&app, uid);
         async move {
             let request = GrantRequest {
                 digest: digest.to_string(),
                 platform: None,
                 node: "n1".into(),
-                seconds: Some(60),
+                seconds: Some(seconds),
             };
             let body = serde_json::to_string(&request).unwrap();
             ask(&router, "POST", "/v1/grants", &body).await
         }
     };
+    let ask_grant = |uid: u32, digest: Digest| ask_grant_for(60, uid, digest);
+    // A node that does not know when its job ends asks for as much as there is.
+    let (_, body) = ask_grant_for(u64::MAX, 1000, digest).await;
+    let longest: Grant = serde_json::from_slice(&body).unwrap();
+    assert_eq!(longest.seconds, 90);
     let (status, body) = ask_grant(1000, digest).await;
     assert_eq!(status, StatusCode::OK);
     let grant: Grant = serde_json::from_slice(&body).unwrap();
+    assert_eq!(grant.seconds, 60);
     // The store's owner takes the right of others away.
     let row = app.catalogue.images_of(&other).await.unwrap().remove(0);
     std::fs::set_permissions(&row.path, std::fs::Permissions::from_mode(0o600)).unwrap();

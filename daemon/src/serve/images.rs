@@ -6,7 +6,7 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::{Extension, Json};
 use berth_client::api::{ErrorAnswer, ErrorKind, Image, ImageDetail};
-use berth_image::Digest;
+use berth_image::{Digest, Platform};
 
 use super::error::ApiError;
 use super::{Answer, App, Caller, readers, traces};
@@ -86,6 +86,8 @@ async fn rows(app: &App, caller: &Caller, digest: &str) -> Result<Vec<ImageRow>,
         .map_err(|e: berth_image::digest::DigestError| {
             ApiError::new(ErrorKind::BadRequest, e.to_string())
         })?;
+    // One that another daemon had made is learned, for this machine's platform.
+    (app.present.known(&digest, &Platform::host())).await?;
     let mut rows = Vec::new();
     for row in app.catalogue.images_of(&digest).await? {
         if readers::may_read(app, caller, &row).await? {

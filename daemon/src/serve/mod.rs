@@ -16,6 +16,9 @@ mod pins;
 mod pulls;
 mod readers;
 mod resolve;
+#[cfg(test)]
+mod several_tests;
+mod shares;
 mod socket;
 #[cfg(test)]
 mod tests;
@@ -32,6 +35,7 @@ use axum::{Json, Router};
 use berth_client::Munge;
 use berth_client::api::{ErrorBody, ErrorKind};
 use berth_config::Config;
+use berth_image::shown::parse_error;
 use berth_image::{ImageRef, Platform, Store, layout};
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
@@ -39,7 +43,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::catalogue::{Catalogue, ImageRow};
+use crate::catalogue::{Catalogue, ImageRow, Present};
 use crate::fetch::Fetcher;
 use crate::metrics::{Metrics, RequestLabels};
 use crate::pulls::Pulls;
@@ -57,6 +61,7 @@ pub struct App {
     pub config: Arc<Config>,
     pub store: Arc<Store>,
     pub catalogue: Catalogue,
+    pub present: Present,
     pub resolver: Resolver,
     pub fetcher: Fetcher,
     pub pulls: Pulls,
@@ -87,7 +92,7 @@ impl App {
         if let Some((manifest, platform)) =
             layout::parse_data_path(self.store.path(), Path::new(text))
         {
-            let image = self.catalogue.image(&manifest, &platform).await?;
+            let image = self.present.image(&manifest, &platform).await?;
             let image = image.ok_or_else(|| {
                 ApiError::new(
                     ErrorKind::NotFound,
@@ -125,7 +130,10 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
             .await
             .map_err(|e| ApiError::new(ErrorKind::BadRequest, e.body_text()))?;
         serde_json::from_slice(&bytes).map(Self).map_err(|e| {
-            ApiError::new(ErrorKind::BadRequest, format!("the body is not right: {e}"))
+            ApiError::new(
+                ErrorKind::BadRequest,
+                format!("the body is not right: {}", parse_error(&e)),
+            )
         })
     }
 }

@@ -64,18 +64,20 @@ async fn pin_one(
             None,
         ),
         Subject::Named(reference) => {
-            let resolution = app.resolver.resolve(&reference, platform).await?;
-            let entry = (app.pulls)
-                .start(&reference, platform, caller.uid, caller.is_admin)
-                .await?;
-            let pull = entry.pull();
-            let running = (pull.state != PullState::Ready).then_some(pull.id);
-            (
-                reference.to_string(),
-                resolution.manifest,
-                platform.clone(),
-                running,
-            )
+            let at_hand = app.pulls.at_hand(&reference, platform, caller.uid).await?;
+            let (manifest, running) = match at_hand {
+                Some((manifest, _)) => (manifest, None),
+                None => {
+                    let resolution = app.resolver.resolve(&reference, platform).await?;
+                    let entry = (app.pulls)
+                        .start(&reference, platform, caller.uid, caller.is_admin)
+                        .await?;
+                    let pull = entry.pull();
+                    let running = (pull.state != PullState::Ready).then_some(pull.id);
+                    (resolution.manifest, running)
+                }
+            };
+            (reference.to_string(), manifest, platform.clone(), running)
         }
     };
     (app.catalogue)

@@ -54,7 +54,7 @@ pub(super) async fn readable(
         let message = format!("image {digest} for {platform} is not in the store");
         ApiError::new(ErrorKind::NotFound, message)
     };
-    let row = app.catalogue.image(digest, platform).await?;
+    let row = app.present.known(digest, platform).await?;
     let row = row.ok_or_else(missing)?;
     let record: Record = serde_json::from_str(&row.record)
         .map_err(|e| ApiError::new(ErrorKind::Internal, e.to_string()))?;

@@ -41,7 +41,7 @@ pub enum CacheError {
 #[derive(Debug)]
 pub struct Cache {
     folder: PathBuf,
-    limit: u64,
+    limit: AtomicU64,
     used: AtomicU64,
     evicted: AtomicU64,
     inner: Mutex<Inner>,
@@ -133,7 +133,7 @@ impl Cache {
         let used = idle.iter().map(|image| image.bytes).sum();
         Ok(Arc::new(Self {
             folder: folder.to_owned(),
-            limit,
+            limit: AtomicU64::new(limit),
             used: AtomicU64::new(used),
             evicted: AtomicU64::new(0),
             inner: Mutex::new(Inner {
@@ -152,7 +152,12 @@ impl Cache {
 
     /// Most bytes kept.
     pub fn limit(&self) -> u64 {
-        self.limit
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// Another limit from now on. What is too much goes when room is wanted next.
+    pub fn set_limit(&self, limit: u64) {
+        self.limit.store(limit, Ordering::Relaxed);
     }
 
     /// Bytes thrown out to keep the size.
@@ -193,18 +198,23 @@ impl Cache {
         Ok(image)
     }
 
-    /// An image's last reader is gone.
-    pub(super) fn closed(&self, root: [u8; 32], bytes: u64) {
-        lock(&self.inner).idle.push(Idle {
-            root,
-            bytes,
-            last: SystemTime::now(),
-        });
+    /// An image's last reader, who read until `last`, is gone.
+    pub(super) fn closed(&self, root: [u8; 32], bytes: u64, last: SystemTime) {
+        let mut inner = lock(&self.inner);
+        let open: Vec<_> = inner.open.iter().filter_map(Weak::upgrade).collect();
+        match open.iter().any(|image| image.root == root) {
+            // Opened anew since then, and counted by who did: its files are in use.
+            true => self.give_back(bytes),
+            false => inner.idle.push(Idle { root, bytes, last }),
+        }
+        // Dropped without the lock, as above.
+        drop(inner);
+        drop(open);
     }
 
     /// Room for so many bytes. `false` if too much is in use.
     pub(super) fn reserve(&self, len: u64) -> bool {
-        if self.used.fetch_add(len, Ordering::AcqRel) + len <= self.limit {
+        if self.used.fetch_add(len, Ordering::AcqRel) + len <= self.limit() {
             return true;
         }
         let made = self.make_room();
@@ -219,7 +229,7 @@ impl Cache {
     }
 
     fn is_full(&self) -> bool {
-        self.used() > self.limit
+        self.used() > self.limit()
     }
 
     fn make_room(&self) -> bool {
@@ -275,5 +285,32 @@ impl Cache {
         self.give_back(idle.bytes);
         self.evicted.fetch_add(idle.bytes, Ordering::Relaxed);
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Sealed;
+    use super::*;
+
+    #[test]
+    fn an_image_that_was_opened_anew_before_its_last_reader_had_gone_is_not_idle() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path(), Some(1 << 20)).unwrap();
+        let sealed = Sealed {
+            root: [7; 32],
+            hash_offset: 1 << 20,
+        };
+        let chunks = Chunks::of(&sealed).unwrap();
+        let image = cache.image(&sealed.root, &chunks).unwrap();
+        // What the one before kept was counted too.
+        assert!(cache.reserve(1000));
+        cache.closed(sealed.root, 1000, SystemTime::now());
+        assert_eq!(cache.used(), 0);
+        assert!(!cache.remove_idle());
+        assert!(folder.path().join(name(&sealed.root, "data")).exists());
+        drop(image);
+        assert!(cache.remove_idle());
+        assert!(!folder.path().join(name(&sealed.root, "data")).exists());
     }
 }

@@ -9,7 +9,8 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use rustix::fs::{Advice, FallocateFlags};
 
@@ -30,7 +31,21 @@ pub(super) struct CacheFile {
     map: File,
     chunks: Chunks,
     states: States,
+    /// Chunks that are not here; for a moment more than that, never fewer.
+    missing: AtomicU32,
     used: AtomicU64,
+    /// All of it is elsewhere on this node: without readers it goes first.
+    spare: AtomicBool,
+}
+
+/// What came of a chunk that was to be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keeping {
+    /// No room, a full disk, somebody else's turn.
+    Not,
+    Kept,
+    /// It was the last one that was missing.
+    KeptLast,
 }
 
 impl CacheFile {
@@ -81,15 +96,29 @@ impl CacheFile {
             root: *root,
             data,
             map,
+            missing: AtomicU32::new(
+                chunks.count - here.clone().filter(|here| *here).count() as u32,
+            ),
             states: States::new(here),
             chunks,
             used: AtomicU64::new(used),
+            spare: AtomicBool::new(false),
         })
     }
 
     /// Bytes of the chunks that are here.
     pub(super) fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
+    }
+
+    /// Whether every chunk is here, as far as the map knows.
+    pub(super) fn is_whole(&self) -> bool {
+        self.missing.load(Ordering::Acquire) == 0
+    }
+
+    /// What is here is not worth its room when its readers are gone.
+    pub(super) fn spare(&self) {
+        self.spare.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn count(&self) -> u32 {
@@ -109,7 +138,7 @@ impl CacheFile {
         self.data.read_exact_at(buf, offset)
     }
 
-    /// Keeps the tree's head, which is checked whenever it is read and so needs no mark.
+    /// Keeps the tree's head and what proves it, which is checked whenever it is read and so needs no mark.
     pub(super) fn write_head(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.data.write_all_at(bytes, offset)
     }
@@ -117,16 +146,17 @@ impl CacheFile {
     /// What a reader found in a chunk was not what was sealed.
     pub(super) fn damaged(&self, chunk: u32, found_by: &InUse<'_>) {
         if found_by.forget() {
+            self.missing.fetch_add(1, Ordering::AcqRel);
             self.unmark(chunk);
             self.give_back(self.chunks.len_of(chunk));
         }
     }
 
-    /// Writes a chunk and marks it. `false` when it cannot be kept: no room, a full disk, somebody else's turn.
-    pub(super) fn keep(&self, chunk: u32, bytes: &[u8]) -> bool {
+    /// Writes a chunk and marks it.
+    pub(super) fn keep(&self, chunk: u32, bytes: &[u8]) -> Keeping {
         let len = bytes.len() as u64;
         if !self.states.begin(chunk) {
-            return false;
+            return Keeping::Not;
         }
         let offset = self.chunks.place(chunk).start;
         let kept = self.cache.reserve(len) && {
@@ -144,7 +174,11 @@ impl CacheFile {
             tracing::warn!(%error, "a chunk is kept until the next start only");
         }
         self.states.end(chunk, kept);
-        kept
+        match kept {
+            false => Keeping::Not,
+            true if self.missing.fetch_sub(1, Ordering::AcqRel) == 1 => Keeping::KeptLast,
+            true => Keeping::Kept,
+        }
     }
 
     /// Throws a chunk out if it is here, nobody uses it and, on this round, nobody has lately.
@@ -152,6 +186,7 @@ impl CacheFile {
         if !self.states.take_away(chunk) {
             return false;
         }
+        self.missing.fetch_add(1, Ordering::AcqRel);
         self.unmark(chunk);
         let place = self.chunks.place(chunk);
         let len = place.end - place.start;
@@ -182,8 +217,12 @@ impl CacheFile {
 
 impl Drop for CacheFile {
     fn drop(&mut self) {
+        let last = match self.spare.load(Ordering::Relaxed) {
+            true => SystemTime::UNIX_EPOCH,
+            false => SystemTime::now(),
+        };
         // Orders images by their last use after a restart; without it they are as old as their last write.
-        let _ = self.map.set_modified(std::time::SystemTime::now());
-        self.cache.closed(self.root, self.used());
+        let _ = self.map.set_modified(last);
+        self.cache.closed(self.root, self.used(), last);
     }
 }

@@ -39,6 +39,22 @@ impl ChunkStore {
     }
 }
 
+/// Waits until an image's start is over: `time` has gone by, and nothing records it any more. `false` when the image was
+/// closed before.
+pub fn start_is_over(weak: &Weak<ChunkStore>, time: Duration) -> bool {
+    loop {
+        let Some(background) = weak.upgrade().map(|store| store.background()) else {
+            return false;
+        };
+        if background.stopped_within(time) {
+            return false;
+        }
+        if weak.upgrade().is_some_and(|store| !store.is_recording()) {
+            return true;
+        }
+    }
+}
+
 fn run(weak: &Weak<ChunkStore>, policy: Policy) {
     let Some(store) = weak.upgrade() else {
         return;

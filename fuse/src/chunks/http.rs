@@ -22,6 +22,8 @@ pub struct HttpSource {
     name: String,
     /// What lets us read there; never shown.
     grant: Mutex<Option<String>>,
+    /// Nothing is given there without a grant.
+    needs_grant: bool,
 }
 
 impl std::fmt::Debug for HttpSource {
@@ -32,6 +34,8 @@ impl std::fmt::Debug for HttpSource {
 
 /// Longest wait that a busy server is granted.
 const MOST_WAIT: Duration = Duration::from_secs(10);
+/// How long connecting may take: a machine that is off is not to hold up readers who could ask another one.
+const CONNECT: Duration = Duration::from_secs(2);
 /// Connections kept for the next fetch.
 const IDLE: usize = 8;
 
@@ -49,6 +53,20 @@ impl HttpSource {
             url,
             name: at.to_owned(),
             grant: Mutex::new(grant.map(header)),
+            needs_grant: false,
+        })
+    }
+
+    /// The same of a daemon, which is asked for nothing until it has given a grant.
+    pub fn of_daemon(
+        at: &str,
+        grant: Option<&str>,
+        proxy: Option<&str>,
+    ) -> Result<Self, SourceError> {
+        let source = Self::new(at, grant, proxy)?;
+        Ok(Self {
+            needs_grant: true,
+            ..source
         })
     }
 
@@ -82,7 +100,7 @@ fn agent(at: &str, proxy: Option<&str>) -> Result<(Agent, String), String> {
         .http_status_as_error(false)
         // A redirect would be to a place that nobody named.
         .max_redirects(0)
-        .timeout_connect(Some(Duration::from_secs(5)))
+        .timeout_connect(Some(CONNECT))
         .proxy(None)
         .input_buffer_size(64 << 10)
         .output_buffer_size(8 << 10)
@@ -121,6 +139,10 @@ fn believed() -> TlsConfig {
 impl Source for HttpSource {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn is_open(&self) -> bool {
+        !self.needs_grant || crate::lock(&self.grant).is_some()
     }
 
     fn renew(&self, at: &str, grant: &str) {
@@ -163,6 +185,7 @@ impl Source for HttpSource {
         let body = answer.into_body().into_with_config().limit(u64::MAX);
         Ok(Box::new(body.reader()))
     }
+
     fn trace(&self, limit: Duration) -> Option<Vec<u8>> {
         let request = self.agent.get(&self.trace_url()?);
         let request = request.config().timeout_global(Some(limit)).build();

@@ -13,6 +13,7 @@
 mod ahead;
 mod cache;
 mod file;
+mod file_source;
 mod flights;
 mod follow;
 mod gate;
@@ -26,10 +27,11 @@ mod trace;
 mod tree;
 
 pub use cache::{Cache, CacheError};
-pub use follow::Policy;
+pub use file_source::FileSource;
+pub use follow::{Policy, start_is_over};
 pub use http::HttpSource;
 pub use prefetch::Pace;
-pub use source::{FileSource, Source, SourceError, Sources};
+pub use source::{Source, SourceError, Sources};
 pub use store::{ChunkStore, OpenError, Stats};
 pub use tree::{Sealed, Tree, TreeError};
 

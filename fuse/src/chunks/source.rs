@@ -1,10 +1,8 @@
 //! Where an image's bytes come from when this node does not have them.
 
-use std::fs::File;
 use std::hash::{BuildHasher, Hasher};
-use std::io::{self, Read};
+use std::io::Read;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -56,6 +54,16 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// longer is found out by the caller.
     fn open(&self, range: Range<u64>, limit: Duration) -> Result<Box<dyn Read + '_>, SourceError>;
 
+    /// Whether it still owes an answer that nobody waits for any more: others are asked first.
+    fn is_stuck(&self) -> bool {
+        false
+    }
+
+    /// Whether it can be asked at all: one that needs a grant and has none yet cannot.
+    fn is_open(&self) -> bool {
+        true
+    }
+
     /// Takes a newer grant, where this is the source `at`.
     fn renew(&self, _at: &str, _grant: &str) {}
 
@@ -67,52 +75,6 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// Gives the source a trace to keep. `false` when it keeps none.
     fn send_trace(&self, _json: &str, _limit: Duration) -> bool {
         false
-    }
-}
-
-/// The file on a filesystem of this node, mostly the parallel one. Its waits are the filesystem's own.
-#[derive(Debug)]
-pub struct FileSource {
-    file: File,
-    name: String,
-}
-
-impl FileSource {
-    /// Takes an open file: who opened it had the right to read it.
-    pub fn new(file: File, name: impl Into<String>) -> Self {
-        Self {
-            file,
-            name: name.into(),
-        }
-    }
-}
-
-struct FileStream<'a> {
-    file: &'a File,
-    at: u64,
-    end: u64,
-}
-
-impl Read for FileStream<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let take = buf.len().min((self.end - self.at) as usize);
-        let read = self.file.read_at(&mut buf[..take], self.at)?;
-        self.at += read as u64;
-        Ok(read)
-    }
-}
-
-impl Source for FileSource {
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn open(&self, range: Range<u64>, _limit: Duration) -> Result<Box<dyn Read + '_>, SourceError> {
-        Ok(Box::new(FileStream {
-            file: &self.file,
-            at: range.start,
-            end: range.end,
-        }))
     }
 }
 
@@ -164,7 +126,7 @@ impl Sources {
         self.patience
     }
 
-    /// Name of each source and bytes it gave that were right.
+    /// Name of each source and bytes that it gave, right or wrong.
     pub fn fetched(&self) -> Vec<(String, u64)> {
         let all = self.all.iter();
         all.map(|entry| {
@@ -187,15 +149,23 @@ impl Sources {
         }
     }
 
-    /// The trace that the first source has which keeps traces.
-    pub fn trace(&self, limit: Duration) -> Option<Vec<u8>> {
-        self.all.iter().find_map(|entry| entry.source.trace(limit))
+    fn open(&self) -> impl Iterator<Item = &Entry> {
+        self.all.iter().filter(|entry| entry.source.is_open())
     }
 
-    /// Gives a trace to the first source that takes it.
+    /// The trace that the first source has which keeps traces. Those that failed lately are asked last.
+    pub fn trace(&self, limit: Duration) -> Option<Vec<u8>> {
+        let (rested, others): (Vec<_>, Vec<_>) = self.open().partition(|entry| entry.is_rested());
+        let mut all = rested.into_iter().chain(others);
+        all.find_map(|entry| entry.source.trace(limit))
+    }
+
+    /// Gives a trace to every source that takes it: the next start may find only one of them. Whether one did.
     pub fn send_trace(&self, json: &str, limit: Duration) -> bool {
-        let mut all = self.all.iter();
-        all.any(|entry| entry.source.send_trace(json, limit))
+        let sent = self
+            .open()
+            .map(|entry| entry.source.send_trace(json, limit));
+        sent.fold(false, |any, sent| any | sent)
     }
 
     /// Brings `range` in parts of at most `part` bytes, in order, each to `take`, which says whether they are right.
@@ -215,16 +185,17 @@ impl Sources {
         let mut buf = vec![0u8; part.min(range.end - range.start) as usize];
         let mut at = range.start;
         loop {
-            let rested = self.all.iter().any(Entry::is_rested);
-            for entry in self.all.iter().filter(|entry| !rested || entry.is_rested()) {
+            let rested = self.open().any(Entry::is_rested);
+            let others = self.open().nth(1).is_some();
+            for entry in self.open().filter(|entry| !rested || entry.is_rested()) {
                 let left = until.saturating_duration_since(Instant::now());
                 if left.is_zero() {
                     break;
                 }
                 // With others to ask, a slow one does not get all the time.
-                let limit = match self.all.len() {
-                    1 => left,
-                    _ => left.min((self.patience / 3).max(Duration::from_millis(100))),
+                let limit = match others {
+                    false => left,
+                    true => left.min((self.patience / 3).max(Duration::from_millis(100))),
                 };
                 let result = entry.stream(&mut at, range.end, limit, &mut buf, take);
                 entry.note(&result);
@@ -236,7 +207,7 @@ impl Sources {
                     }
                 }
             }
-            if self.all.is_empty() {
+            if self.open().next().is_none() {
                 return Err(last);
             }
             let mut wait = jittered(pause);
@@ -279,6 +250,8 @@ impl Entry {
             stream
                 .read_exact(part)
                 .map_err(|error| failed(error.to_string()))?;
+            // Counted first: who waits for the part goes on while `take` still runs.
+            self.fetched.fetch_add(len as u64, Ordering::Relaxed);
             if !take(*at, part) {
                 return Err(SourceError::WrongBytes {
                     source_name: self.source.name().to_owned(),
@@ -286,7 +259,6 @@ impl Entry {
                 });
             }
             *at += len as u64;
-            self.fetched.fetch_add(len as u64, Ordering::Relaxed);
             if started.elapsed() > limit && *at < end {
                 return Err(failed("too slow".to_owned()));
             }
@@ -300,10 +272,8 @@ impl Entry {
     }
 
     fn is_rested(&self) -> bool {
-        let health = crate::lock(&self.health);
-        health
-            .rest_until
-            .is_none_or(|until| until <= Instant::now())
+        let rest_until = crate::lock(&self.health).rest_until;
+        rest_until.is_none_or(|until| until <= Instant::now()) && !self.source.is_stuck()
     }
 
     fn note(&self, result: &Result<(), SourceError>) {

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Instant;
 
 use berth_image::trace::{Trace, TraceError};
@@ -19,7 +19,7 @@ use berth_squashfs::verity::BLOCK;
 use super::CHUNK;
 use super::ahead::{Places, Streams};
 use super::cache::Cache;
-use super::file::CacheFile;
+use super::file::{CacheFile, Keeping};
 use super::flights::{Flights, Landings, Outcome};
 use super::gate::{self, Gate};
 use super::prefetch::{Background, Brought, Pace, everything};
@@ -77,7 +77,18 @@ pub struct ChunkStore {
     places: Mutex<Places>,
     recorder: Mutex<Option<Recorder>>,
     background: Arc<Background>,
+    when_whole: WhenWhole,
     counters: Counters,
+}
+
+/// What is done when all of an image has come.
+#[derive(Default)]
+struct WhenWhole(OnceLock<Box<dyn Fn() + Send + Sync>>);
+
+impl std::fmt::Debug for WhenWhole {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("WhenWhole")
+    }
 }
 
 /// Where the bytes that a fetch brings are wanted at once: from `skip` of its first chunk on.
@@ -117,6 +128,7 @@ impl ChunkStore {
             streams: Mutex::default(),
             recorder: Mutex::default(),
             background: Arc::default(),
+            when_whole: WhenWhole::default(),
             counters: Counters::default(),
         }))
     }
@@ -152,6 +164,10 @@ impl ChunkStore {
         *lock(&self.recorder) = Some(Recorder::new(&self.chunks));
     }
 
+    pub(super) fn is_recording(&self) -> bool {
+        lock(&self.recorder).is_some()
+    }
+
     /// Ends the recording. `None` if there was none.
     pub fn recorded(&self) -> Option<Result<Trace, TraceError>> {
         let recorder = lock(&self.recorder).take();
@@ -172,6 +188,28 @@ impl ChunkStore {
         if self.cache.is_some() {
             let runs = everything(&self.chunks);
             self.background.plan(&self.me, runs, pace);
+        }
+    }
+
+    /// Has `told` called when every chunk is in the cache file: now, or when the last one has come, and again if one was
+    /// lost and came back. Only the first `told` of a store counts.
+    pub fn when_whole(&self, told: impl Fn() + Send + Sync + 'static) {
+        let _ = self.when_whole.0.set(Box::new(told));
+        if self.cache.as_ref().is_some_and(|file| file.is_whole()) {
+            self.is_whole();
+        }
+    }
+
+    fn is_whole(&self) {
+        if let Some(told) = self.when_whole.0.get() {
+            told();
+        }
+    }
+
+    /// All of the image is elsewhere on this node: when nobody reads it here, its place in the cache goes first.
+    pub fn spare(&self) {
+        if let Some(file) = &self.cache {
+            file.spare();
         }
     }
 
@@ -348,8 +386,11 @@ impl ChunkStore {
                 copied += len;
             }
             count(counter);
-            let outcome = self.keep(landings.left().start, bytes);
+            let (outcome, last) = self.keep(landings.left().start, bytes);
             landings.land(outcome);
+            if last {
+                self.is_whole();
+            }
             true
         };
         match self.sources.fetch(start..end, CHUNK, until, &mut take) {
@@ -359,13 +400,12 @@ impl ChunkStore {
         }
     }
 
-    fn keep(&self, chunk: u32, bytes: &[u8]) -> Outcome {
-        if self
-            .cache
-            .as_ref()
-            .is_some_and(|file| file.keep(chunk, bytes))
-        {
-            return Outcome::Kept;
+    /// What is told to those who wait for the chunk, and whether it was the last one that was missing.
+    fn keep(&self, chunk: u32, bytes: &[u8]) -> (Outcome, bool) {
+        match self.cache.as_ref().map(|file| file.keep(chunk, bytes)) {
+            Some(Keeping::Kept) => return (Outcome::Kept, false),
+            Some(Keeping::KeptLast) => return (Outcome::Kept, true),
+            Some(Keeping::Not) | None => {}
         }
         count(&self.counters.not_kept);
         let bytes: Arc<[u8]> = bytes.into();
@@ -374,7 +414,7 @@ impl ChunkStore {
         while recent.len() > RECENT {
             recent.pop_front();
         }
-        Outcome::Brought(bytes)
+        (Outcome::Brought(bytes), false)
     }
 
     /// Brings what is not here of some neighbours.
@@ -445,20 +485,20 @@ fn open_tree(
     sources: &Sources,
     cache: Option<&CacheFile>,
 ) -> Result<Tree, OpenError> {
-    let place = Tree::head_place(sealed)?;
-    let mut head = vec![0u8; (place.end - place.start) as usize];
+    let place = Tree::proof_place(sealed)?;
+    let mut proof = vec![0u8; (place.end - place.start) as usize];
     if let Some(file) = cache
-        && file.read(place.start, &mut head).is_ok()
-        && let Some(tree) = Tree::from_head(sealed, &head)
+        && file.read(place.start, &mut proof).is_ok()
+        && let Some(tree) = Tree::proven(sealed, &proof)
     {
         return Ok(tree);
     }
     let until = Instant::now() + sources.patience();
     let (len, mut tree) = (place.end - place.start, None);
-    sources.fetch(place.clone(), len, until, &mut |_, head| {
-        tree = Tree::from_head(sealed, head);
+    sources.fetch(place.clone(), len, until, &mut |_, proof| {
+        tree = Tree::proven(sealed, proof);
         if tree.is_some()
-            && let Some(Err(error)) = cache.map(|file| file.write_head(place.start, head))
+            && let Some(Err(error)) = cache.map(|file| file.write_head(place.start, proof))
         {
             tracing::warn!(%error, "the head of the hash tree is not kept");
         }

@@ -105,8 +105,38 @@ impl Tree {
         Ok(at..at + (1 + upper) * BLOCK as u64)
     }
 
+    /// Where the bytes lie that prove a head: the head itself and, where it has no level that the root could be the
+    /// digest of, the one block beside it that the root is the digest of.
+    pub(super) fn proof_place(sealed: &Sealed) -> Result<Range<u64>, TreeError> {
+        let head = Self::head_place(sealed)?;
+        Ok(match levels(sealed.hash_offset / BLOCK as u64).len() {
+            0 => 0..head.end,
+            1 => head.start..head.end + BLOCK as u64,
+            _ => head,
+        })
+    }
+
+    /// Checks the bytes of [`Self::proof_place`]. `None` if they are another tree's, or its salt is another one: with
+    /// that, no right byte would ever look right.
+    pub(super) fn proven(sealed: &Sealed, proof: &[u8]) -> Option<Self> {
+        let (head, block) = match levels(sealed.hash_offset / BLOCK as u64).len() {
+            0 => {
+                let (block, head) = proof.split_at_checked(BLOCK)?;
+                (head, Some(block))
+            }
+            1 => {
+                let (head, block) = proof.split_at_checked(BLOCK)?;
+                (head, Some(block))
+            }
+            _ => (proof, None),
+        };
+        let tree = Self::from_head(sealed, head)?;
+        let is_right = block.is_none_or(|block| matches(&tree.salted, block, &sealed.root));
+        is_right.then_some(tree)
+    }
+
     /// Checks a head against the root. `None` if it is another tree's.
-    pub(super) fn from_head(sealed: &Sealed, head: &[u8]) -> Option<Self> {
+    fn from_head(sealed: &Sealed, head: &[u8]) -> Option<Self> {
         let data_blocks = sealed.hash_offset / BLOCK as u64;
         let levels = levels(data_blocks);
         let salted = Sha256::new_with_prefix(salt(head)?);
@@ -180,7 +210,8 @@ fn matches(salted: &Sha256, bytes: &[u8], digests: &[u8]) -> bool {
             .all(|(block, digest)| salted.clone().chain_update(block).finalize()[..] == *digest)
 }
 
-/// The salt in a verity superblock. It need not be trusted: with another one nothing matches the root.
+/// The salt in a verity superblock. It need not be trusted: with another one nothing matches the root, which is seen
+/// before it is used.
 fn salt(head: &[u8]) -> Option<&[u8]> {
     let known =
         head.starts_with(b"verity\0\0\x01\0\0\0\x01\0\0\0") && head[32..].starts_with(b"sha256\0");

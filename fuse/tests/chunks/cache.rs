@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_fuse::chunks::{CHUNK, Cache, ChunkStore, Sealed};
 use berth_squashfs::read::ReadAt;
@@ -79,6 +79,48 @@ fn a_map_that_promises_what_is_not_there_is_not_believed() {
         drop(store);
         std::fs::remove_file(file_of(dir.path(), "data")).unwrap();
         touch();
+    }
+}
+
+/// A tree of one level or none has no digests in its head that would tell a wrong salt.
+#[test]
+fn a_salt_that_is_damaged_or_made_up_is_seen_however_small_the_image_is() {
+    for blocks in [1, 5, 128, 129] {
+        let (file, sealed) = sealed_file(blocks);
+        let dir = tempfile::tempdir().unwrap();
+        let salt = sealed.hash_offset + 88;
+        let cache = cache(dir.path(), u64::MAX);
+        let source = Memory::new(&file);
+        read_all(
+            &open(sealed, &source, Some(&cache)),
+            &file,
+            &sealed,
+            1 << 20,
+        );
+        let disk = std::fs::OpenOptions::new()
+            .write(true)
+            .open(file_of(dir.path(), "data"))
+            .unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&disk, b"\xee", salt).unwrap();
+        read_all(
+            &open(sealed, &source, Some(&cache)),
+            &file,
+            &sealed,
+            1 << 20,
+        );
+        // What was put right stays right.
+        let store = ChunkStore::open(sealed, sources(vec![]), Some(&cache)).unwrap();
+        read_all(&store, &file, &sealed, 1 << 20);
+        let mut lie = file.to_vec();
+        lie[salt as usize] ^= 1;
+        let liar = Memory::new(&Arc::new(lie));
+        let both = sources(vec![Box::new(liar), Box::new(source)]);
+        read_all(
+            &ChunkStore::open(sealed, both, None).unwrap(),
+            &file,
+            &sealed,
+            1 << 20,
+        );
     }
 }
 
@@ -204,9 +246,14 @@ fn a_full_disk_means_going_on_without() {
         let store = open(sealed, &source, Some(&cache));
         read_all(&store, &file, &sealed, 200_000);
         assert!(store.stats().not_kept >= 60, "{:?}", store.stats());
-        // What did fit is there, and its room is known.
+        // What did fit is there, and its room is known once what is fetched ahead has found none.
+        let until = Instant::now() + Duration::from_secs(60);
+        while cache.used() > 2 << 20 && Instant::now() < until {
+            std::thread::yield_now();
+        }
         assert!(cache.used() > 1 << 20 && cache.used() <= 2 << 20);
     });
-    run("umount", &[small]);
+    // Lazily: who fetched ahead may have a file open for a moment more.
+    run("umount", &["--lazy", small]);
     result.unwrap();
 }

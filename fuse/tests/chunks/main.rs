@@ -5,5 +5,7 @@ mod cache;
 mod faults;
 mod http;
 mod reading;
+mod several;
 mod support;
 mod tls;
+mod whole;

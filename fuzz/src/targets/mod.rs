@@ -1,6 +1,7 @@
 //! The targets.
 
 mod blocks;
+mod cache;
 mod decode;
 mod envelope;
 mod layers;
@@ -9,12 +10,18 @@ mod merge;
 mod node;
 mod reference;
 mod squashfs;
+mod step;
 mod tar;
 mod trace;
 
 /// Layers byte by byte, as convert's own tests write them.
 #[path = "../../../convert/tests/layers/build.rs"]
 pub(crate) mod build;
+
+/// Sealed images and a source of their bytes, as the lazy loader's own tests make them.
+#[path = "../../../fuse/tests/chunks/support.rs"]
+#[allow(dead_code, reason = "not all of it is wanted here")]
+mod chunks;
 
 /// One thing to fuzz.
 pub struct Target {
@@ -36,4 +43,6 @@ pub const ALL: &[Target] = &[
     reference::TARGET,
     trace::TARGET,
     node::TARGET,
+    cache::TARGET,
+    step::TARGET,
 ];

@@ -46,6 +46,7 @@ fn seeds() -> Vec<Vec<u8>> {
         sources: vec![keeper::Source {
             at: "http://site:1/x".into(),
             grant: Some("g".into()),
+            until: Some(1),
         }],
     };
     let requests = [
@@ -63,6 +64,7 @@ fn seeds() -> Vec<Vec<u8>> {
             id: 2,
             why: "gone".into(),
         },
+        Report::Whole { id: 1 },
         Report::Standing {
             oldest_ms: 3,
             metrics: "a 1\n".into(),

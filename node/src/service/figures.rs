@@ -2,12 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use berth_mount::keeper::{Answer, MountStatus, Status};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
-use super::Service;
+use super::{Lease, Service};
 use crate::den::Berth;
+
+/// How long helpers that wait for a next job may take to leave.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 impl Service {
     pub(super) fn metrics(&self) -> Answer {
@@ -44,6 +50,32 @@ impl Service {
             "Servers that went on where another died.",
             takeovers,
         );
+        let (copies, counted) = (status.copies, self.copies.counted());
+        add(
+            "copies",
+            "gauge",
+            "Whole images on this node, root's own copies.",
+            copies.count as u64,
+        );
+        add("copies_bytes", "gauge", "Bytes of them.", copies.bytes);
+        add(
+            "copies_limit_bytes",
+            "gauge",
+            "Most bytes of them.",
+            copies.limit,
+        );
+        add(
+            "copies_made_total",
+            "counter",
+            "Copies made and verified.",
+            counted.made,
+        );
+        add(
+            "copies_failed_total",
+            "counter",
+            "Copies that were not made, or thrown away because they were not what was sealed.",
+            counted.failed,
+        );
         Answer::Text { text }
     }
 
@@ -55,9 +87,40 @@ impl Service {
             attached.until = now;
         }
         state.table.drain();
-        self.let_go(&mut state);
+        let leases = state.leases.clone();
         drop(state);
+        leases.iter().for_each(|lease| lease.hurry());
+        self.see_off(leases);
+        self.let_go(&mut self.state());
+        self.copies.stop();
         Answer::Status(self.status())
+    }
+
+    /// Waits a moment for those to go who hold something for a next job only.
+    fn see_off(&self, mut leases: Vec<Arc<Lease>>) {
+        let until = Instant::now() + FAREWELL;
+        while !leases.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            let fds = leases.iter();
+            let fds = fds.map(|lease| PollFd::new(&lease.connection, PollFlags::IN));
+            let mut fds: Vec<_> = fds.collect();
+            let timeout = Timespec::try_from(left).ok();
+            match poll(&mut fds, timeout.as_ref()) {
+                Err(Errno::INTR) => continue,
+                Ok(0) | Err(_) => return,
+                Ok(_) => {}
+            }
+            let ended: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            let mut ended = ended.into_iter();
+            let mut state = self.state();
+            leases.retain(|lease| {
+                let is_ended = ended.next() == Some(true);
+                if is_ended {
+                    state.end(lease);
+                }
+                !is_ended
+            });
+        }
     }
 
     pub(super) fn status(&self) -> Status {
@@ -87,6 +150,7 @@ impl Service {
             draining: state.draining,
             server: self.server.pid(),
             mounts: mounts.collect(),
+            copies: self.copies.status(),
         }
     }
 }

@@ -5,12 +5,13 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use berth_mount::keeper::{Answer, How, Mode, MountRequest};
-use berth_mount::serving::BLOCK_FILE;
+use berth_mount::serving::{BLOCK_FILE, Served};
 use berth_mount::{ImageFile, LoopDevice};
 use rustix::fs::{Mode as Bits, OFlags};
 
 use super::{Attached, Kept, Service, State, Use};
-use crate::image::{Bytes, Key};
+use crate::copies::Id;
+use crate::image::{Bytes, Key, label, root};
 use crate::setup::Failure;
 use crate::table::Entry;
 
@@ -44,10 +45,22 @@ impl Service {
                 }
             }
         }
-        for kept in state.table.expired(Instant::now()) {
+        let mut gone = (state.table).unused(self.recording(), now, |key| self.is_copied(key));
+        gone.extend(state.table.expired(Instant::now()));
+        for kept in gone {
             tracing::info!(digest = kept.digest, how = ?kept.how, "let go of an unused mount");
             self.drop_kept(&kept);
         }
+    }
+
+    /// Whether whoever asks next gets the node's copy, and not this.
+    pub(super) fn is_copied(&self, key: &Key) -> bool {
+        key.bytes == Bytes::Demand && self.copies.has(&key.id())
+    }
+
+    /// A mount on demand that nobody needs is left so long: its server may record a start for other nodes.
+    pub(super) fn recording(&self) -> Duration {
+        Duration::from_secs(self.prepared.service().record_s)
     }
 
     pub(super) fn drop_kept(&self, kept: &Kept) {
@@ -67,8 +80,46 @@ impl Service {
                 let line = "the kernel mounts files only, and there is none";
                 return Err(Failure::new(Failure::UNAVAILABLE, line));
             }
-            (_, Mode::Lazy) | (None, Mode::Auto) => Key::of_root(request)?,
+            (_, Mode::Lazy) => Key::of_root(request)?,
+            (None, Mode::Auto) => {
+                let key = Key::of_root(request)?;
+                if let Some(given) = self.mount_copy(&key, request) {
+                    return Ok(given);
+                }
+                key
+            }
         };
+        self.mount_of(key, request, image)
+    }
+
+    /// A mount of the node's own copy, where there is one. Whatever is wrong with it, the image is served on demand.
+    fn mount_copy(&self, key: &Key, request: &MountRequest) -> Option<(Answer, OwnedFd, Use)> {
+        let key = key.with(Bytes::Copy);
+        let id = key.id();
+        // One that an earlier keeper verified and mounted is good until its file turns out not to be.
+        let kept = || self.copies.knows(&id) && self.state().table.has(&key);
+        if !self.copies.has(&id) && !kept() {
+            return None;
+        }
+        match self.mount_of(key, request, None) {
+            Ok(given) => {
+                self.copies.used(&id);
+                Some(given)
+            }
+            Err(failure) => {
+                let (digest, why) = (&request.digest, &failure.why);
+                tracing::warn!(digest, why, "a whole image is served on demand");
+                None
+            }
+        }
+    }
+
+    fn mount_of(
+        &self,
+        key: Key,
+        request: &MountRequest,
+        image: Option<OwnedFd>,
+    ) -> Result<(Answer, OwnedFd, Use), Failure> {
         let (kept, there) = match self.take_or_begin(&key)? {
             Some(kept) => {
                 if let Some(id) = kept.served {
@@ -204,7 +255,14 @@ impl Service {
     ) -> Result<Kept, Failure> {
         let (how, served, mount) = match (&key.bytes, image) {
             (Bytes::File(..), Some(image)) => (How::Kernel, None, self.by_kernel(request, &image)?),
+            (Bytes::Copy, _) => {
+                let copy = self.copies.open(&key.id());
+                let copy = copy.map_err(|e| Failure::system("the node's copy", e))?;
+                (How::Cache, None, self.by_kernel(request, &copy.into())?)
+            }
             (_, image) => {
+                // The server checks what it reads of a copy that root has not verified yet.
+                let image = image.or_else(|| Some(self.copies.open_any(&key.id()).ok()?.into()));
                 let (id, mut tree) = self.server.serve(request, image)?;
                 if self.server.block {
                     // The loop device holds the file, and with it the mount that the file is in.
@@ -240,11 +298,39 @@ impl Service {
         let file = ImageFile {
             file: image.as_fd(),
             data_size: request.hash_offset,
-            label: &format!("berth-{}", &request.verity_root[..48]),
+            label: &label(&request.verity_root),
         };
         let run_dir = &self.prepared.config.node.run_dir;
         let device = LoopDevice::attach(file, run_dir).map_err(failed)?;
         device.mount().map_err(failed)
+    }
+
+    /// A server says that it has all of an image.
+    pub(super) fn whole(&self, served: &Served) {
+        if let Ok(root) = root(&served.verity_root) {
+            let id = Id {
+                root,
+                data: served.hash_offset,
+            };
+            self.copies.want(id, served.id, &served.digest);
+        }
+    }
+
+    /// Something changed; of the image with the number `served` there is a copy.
+    pub(super) fn copied(&self, served: Option<u64>) {
+        if let Some(served) = served {
+            self.server.copied(served);
+        }
+        self.share_cache();
+        // Unused mounts on demand of the same image go.
+        self.bell.look();
+    }
+
+    /// The server's cache gets what copies leave.
+    pub(super) fn share_cache(&self) {
+        if let Some(bytes) = self.copies.left() {
+            self.server.limit_cache(bytes);
+        }
     }
 
     /// The server answers no more for this one: who asks next gets a new one.

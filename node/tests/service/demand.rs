@@ -9,17 +9,19 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use berth_mount::fuse::READ_AHEAD_KIB;
 use berth_mount::keeper::{self, Answer, Given, How, MountRequest, Request};
 use rustix::fs::{Dir, Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::harness::{Node, eventually, soon};
+use crate::ranges::Ranges;
 
 /// Names and contents of a folder.
-type Tree = BTreeMap<String, Vec<u8>>;
+pub type Tree = BTreeMap<String, Vec<u8>>;
 
 /// Files of some sizes, which do not compress away.
-fn tree(seed: u64, files: usize) -> Tree {
+pub fn tree(seed: u64, files: usize) -> Tree {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut word = move || {
         state ^= state << 13;
@@ -35,7 +37,7 @@ fn tree(seed: u64, files: usize) -> Tree {
     (0..files).map(file).collect()
 }
 
-fn write(tree: &Tree, folder: &Path) {
+pub fn write(tree: &Tree, folder: &Path) {
     std::fs::create_dir(folder).unwrap();
     for (name, bytes) in tree {
         std::fs::write(folder.join(name), bytes).unwrap();
@@ -60,7 +62,7 @@ fn contents(mount: &OwnedFd, name: &str) -> Vec<u8> {
     bytes
 }
 
-fn all(mount: &OwnedFd) -> Tree {
+pub fn all(mount: &OwnedFd) -> Tree {
     let mut dir = Dir::new(folder(mount)).unwrap();
     names(&mut dir)
         .map(|name| (name.clone(), contents(mount, &name)))
@@ -86,7 +88,7 @@ fn serving_with(settings: &str, trees: &[Tree]) -> Option<(Node, Vec<(MountReque
     Some((node, given))
 }
 
-fn server(node: &Node) -> Option<Pid> {
+pub fn server(node: &Node) -> Option<Pid> {
     Pid::from_raw(i32::try_from(node.status().server?).unwrap())
 }
 
@@ -101,7 +103,7 @@ fn next_server(node: &Node, last: Option<Pid>) -> Pid {
 }
 
 /// Has the kernel forget what it has of all mounts.
-fn forget() {
+pub fn forget() {
     std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
 }
 
@@ -109,6 +111,14 @@ fn forget() {
 fn dead(pid: Pid) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/status"))
         .map_or(true, |status| status.contains("State:\tZ"))
+}
+
+/// Images whose decoded tables are mapped: from files without a name, or from memory where the filesystem has no such.
+fn kept_tables(pid: Pid) -> usize {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let of_tables =
+        |line: &&str| line.contains("/cache/chunks/#") || line.contains("memfd:berth-tables");
+    maps.lines().filter(of_tables).count()
 }
 
 fn threads(pid: Pid) -> u64 {
@@ -160,6 +170,115 @@ fn an_image_on_demand_is_right_and_nobody_looks_into_its_server() {
         "{text}"
     );
     assert!(has("berth_node_takeovers_total 0"), "{text}");
+}
+
+#[test]
+fn the_kernel_reads_further_ahead_on_a_mount_on_demand() {
+    let Some((_node, given)) = serving(&[tree(2, 4)]) else {
+        return;
+    };
+    let mount = &given[0].1.tree;
+    // Read from: INIT was answered, which could have taken it back.
+    contents(mount, "file-00003");
+    let minor = rustix::fs::minor(rustix::fs::fstat(mount).unwrap().st_dev);
+    let file = format!("/sys/class/bdi/0:{minor}/read_ahead_kb");
+    let ahead = std::fs::read_to_string(&file).unwrap();
+    if std::fs::write(&file, &ahead).is_err() {
+        assert!(std::env::var_os("CI").is_none(), "CI can write to /sys");
+        eprintln!("left out: needs a /sys that can be written to");
+        return;
+    }
+    assert_eq!(ahead.trim(), READ_AHEAD_KIB.to_string());
+}
+
+#[test]
+fn a_store_that_fails_under_its_readers_is_survived_with_another_source() {
+    let tree = tree(4, 60);
+    let Some((node, given)) = serving(&[]) else {
+        return;
+    };
+    assert!(given.is_empty());
+    let folder = node.dir.path().join("tree");
+    write(&tree, &folder);
+    let image = node.image_of("image", &folder);
+    let Some(mut request) = node.sealed(&image) else {
+        return;
+    };
+    let daemon = Ranges::serve(std::fs::read(&image).unwrap(), "long");
+    let source = |grant: &str, until| keeper::Source {
+        at: daemon.url.clone(),
+        grant: Some(grant.into()),
+        until: Some(until),
+    };
+    // Of three jobs that share the mount, the second has the grant that lasts.
+    let mut mounts = Vec::new();
+    for (grant, until) in [("short", 10), ("long", 30), ("shorter", 20)] {
+        request.sources = vec![source(grant, until)];
+        mounts.push(node.demand(&image, &request));
+    }
+    let mount = &mounts[0].tree;
+    assert!(contents(mount, "file-00000") == tree["file-00000"]);
+    assert_eq!(daemon.sent(), 0, "the file was there");
+    File::options()
+        .write(true)
+        .open(&image)
+        .and_then(|file| file.set_len(0))
+        .unwrap();
+    assert!(contents(mount, "file-00003") == tree["file-00003"]);
+    let sent = daemon.sent();
+    assert!(sent > 0);
+    // A server that was not there when the grants came reads on with the same one.
+    let pid = server(&node).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    next_server(&node, Some(pid));
+    assert!(all(mount) == tree);
+    assert!(daemon.sent() > sent);
+}
+
+/// The node has no file of the image. The first of two daemons did not grant anything to the first job.
+#[test]
+fn daemons_take_over_from_each_other_each_with_its_own_grants() {
+    let tree = tree(6, 120);
+    let Some((node, _)) = serving(&[]) else {
+        return;
+    };
+    let folder = node.dir.path().join("tree");
+    write(&tree, &folder);
+    let image = node.image_of("image", &folder);
+    let Some(mut request) = node.sealed(&image) else {
+        return;
+    };
+    let file = std::fs::read(&image).unwrap();
+    std::fs::remove_file(&image).unwrap();
+    let daemons = ["of-a", "of-b"].map(|grant| Ranges::serve(file.clone(), grant));
+    let sources = |grants: [Option<&str>; 2]| {
+        let both = daemons.iter().zip(grants);
+        let source = |(daemon, grant): (&Ranges, Option<&str>)| keeper::Source {
+            at: daemon.url.clone(),
+            grant: grant.map(str::to_owned),
+            until: grant.map(|_| 30),
+        };
+        both.map(source).collect()
+    };
+    request.sources = sources([None, Some("of-b")]);
+    let first = keeper::mount(&node.socket(), &request, None, soon()).unwrap();
+    assert_eq!(first.how, How::Lazy);
+    assert!(contents(&first.tree, "file-00003") == tree["file-00003"]);
+    assert_eq!(daemons[0].sent(), 0);
+    assert!(daemons[1].sent() > 0);
+    // A later job of the same mount has a grant of it; then the other one goes.
+    request.sources = sources([Some("of-a"), None]);
+    let second = keeper::mount(&node.socket(), &request, None, soon()).unwrap();
+    assert!(second.kept);
+    daemons[1].go();
+    let last = tree.keys().nth(103).unwrap();
+    assert!(contents(&first.tree, last) == tree[last]);
+    assert!(daemons[0].sent() > 0);
+    // The next server has all of that from the keeper.
+    let pid = server(&node).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    next_server(&node, Some(pid));
+    assert!(all(&first.tree) == tree);
 }
 
 #[test]
@@ -357,12 +476,7 @@ fn a_killed_keepers_successor_takes_over_every_mount() {
     assert!(given.is_empty());
     node.child.kill().unwrap();
     node.child.wait().unwrap();
-    let mut said = node.under_a_manager();
-    let mut keeper = || -> Pid {
-        let line = said.next().unwrap().unwrap();
-        let pid = line.strip_prefix("ready ").unwrap().parse().unwrap();
-        Pid::from_raw(pid).unwrap()
-    };
+    let mut keeper = node.under_a_manager();
     let first = keeper();
     let folder = node.dir.path().join("tree");
     write(&trees[0], &folder);
@@ -408,10 +522,13 @@ fn a_killed_keepers_successor_takes_over_every_mount() {
 #[test]
 fn sixty_four_mounts_stay_within_their_memory() {
     let trees: Vec<Tree> = (0..64).map(|seed| tree(seed, 12)).collect();
-    let Some((node, given)) = serving(&trees) else {
+    // Without a recording the tables are decoded at once, into files that the kernel may take from memory.
+    let settings = "keep_images = 100\nrecord_s = 0";
+    let Some((node, given)) = serving_with(settings, &trees) else {
         return;
     };
     let pid = server(&node).unwrap();
+    eventually("all tables are decoded", || kept_tables(pid) == 64);
     let (done, most) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..8)

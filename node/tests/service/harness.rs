@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 
 use berth_mount::keeper::{self, Answer, Given, KeeperError, Mode, MountRequest, Request, Status};
 use rustix::fs::{Mode as Bits, OFlags};
+use rustix::process::Pid;
 
-const BOUND: Duration = Duration::from_secs(30);
+/// Copies are made at the lowest priority: on a machine that is busy with other tests that takes its time.
+const BOUND: Duration = Duration::from_secs(120);
 
 /// A service of one test's own.
 pub struct Node {
@@ -24,6 +26,11 @@ pub struct Node {
 impl Node {
     /// `None` where mounting is not possible, which CI does not accept.
     pub fn start(settings: &str) -> Option<Self> {
+        Self::start_at("", settings, |_| ())
+    }
+
+    /// The same where the site says more of its nodes; `before` gets the folder before anything is started.
+    pub fn start_at(site: &str, settings: &str, before: impl FnOnce(&Path)) -> Option<Self> {
         let can = rustix::process::geteuid().is_root()
             && Path::new("/dev/loop-control").exists()
             && Command::new("mksquashfs").arg("-version").output().is_ok();
@@ -40,9 +47,10 @@ impl Node {
         .unwrap();
         let at = dir.path().display();
         let config = format!(
-            "[node]\nrun_dir = '{at}/run'\n[node.service]\nsocket = '{at}/run/node.sock'\nuser = '64304'\ncache_dir = '{at}/cache'\n{settings}\n"
+            "[node]\nrun_dir = '{at}/run'\n{site}\n[node.service]\nsocket = '{at}/run/node.sock'\nuser = '64304'\ncache_dir = '{at}/cache'\n{settings}\n"
         );
         std::fs::write(dir.path().join("berth.toml"), config).unwrap();
+        before(dir.path());
         let child = Self::spawn(dir.path());
         let node = Self { dir, child };
         node.wait_ready();
@@ -58,9 +66,9 @@ impl Node {
             .unwrap()
     }
 
-    /// Starts it anew as the child of a service manager, which takes this test's place as its parent; the manager's
-    /// lines.
-    pub fn under_a_manager(&mut self) -> impl Iterator<Item = std::io::Result<String>> + use<> {
+    /// Starts it anew as the child of a service manager, which takes this test's place as its parent; gives each
+    /// keeper's process when it is ready.
+    pub fn under_a_manager(&mut self) -> impl FnMut() -> Pid + use<> {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/service/manager.py");
         self.child = Command::new("python3")
             .arg(script)
@@ -72,7 +80,12 @@ impl Node {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        BufReader::new(self.child.stdout.take().unwrap()).lines()
+        let mut said = BufReader::new(self.child.stdout.take().unwrap()).lines();
+        move || {
+            let line = said.next().unwrap().unwrap();
+            let pid = line.strip_prefix("ready ").unwrap().parse().unwrap();
+            Pid::from_raw(pid).unwrap()
+        }
     }
 
     pub fn wait_ready(&self) {
@@ -152,6 +165,20 @@ impl Node {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// One of the service's figures.
+pub fn figure(node: &Node, name: &str) -> u64 {
+    let answer = keeper::ask(&node.socket(), &Request::Metrics, None, soon()).unwrap();
+    let Answer::Text { text } = answer else {
+        panic!("{answer:?}")
+    };
+    let mut lines = text.lines();
+    let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value
+        .unwrap_or_else(|| panic!("no {name} in {text}"))
+        .parse()
+        .unwrap()
 }
 
 impl Drop for Node {

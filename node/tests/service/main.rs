@@ -3,3 +3,5 @@
 mod demand;
 mod harness;
 mod kept;
+mod ranges;
+mod whole;

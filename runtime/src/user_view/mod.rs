@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use berth_config::Config;
+use nix::sys::signal::SigSet;
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
@@ -49,6 +50,8 @@ pub fn run(job: i32) -> ExitCode {
 }
 
 fn start(job: i32) -> Result<Infallible, Refusal> {
+    // `berth` kept signals for itself while it looked for the image: the command is to hear them.
+    let _ = SigSet::empty().thread_set_mask();
     let (job, image) = take(job).map_err(|e| {
         let line = format!("cannot read what is to be run: {}", plain(&e));
         Refusal::new(code::INTERNAL, line).hint("`berth exec` starts this")
@@ -110,7 +113,8 @@ fn plan(job: &UserJob, config: &Config) -> Result<(ViewSpec, Vec<String>), Refus
     if job.writable && node.writable_bytes == 0 {
         return Err(usage("--writable is not allowed on this site".into()));
     }
-    let client = slurm::Client::new(&node.slurm);
+    let slurm_conf = std::env::var_os("SLURM_CONF").map(PathBuf::from);
+    let client = slurm::Client::new(&node.slurm, slurm_conf.as_deref());
     let (slurm, links) = client.parts(&node.run_dir, config.api.munge_socket.as_deref());
     let user = User::own().map_err(|e| Refusal::new(code::INTERNAL, plain(&e)))?;
     let account = user.look_up(&client.users());

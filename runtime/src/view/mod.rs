@@ -55,6 +55,8 @@ pub struct View {
     pub namespace: OwnedFd,
     /// The first of the wanted working directories that the user may enter there.
     pub cwd: PathBuf,
+    /// Folders or files that the user named are bound, or the job's folder: by now there may be others of these names.
+    pub names_users_folders: bool,
 }
 
 /// Builds the view over `task_namespace`. `image` is a mount that is attached nowhere.
@@ -197,9 +199,15 @@ impl<'a> Laid<'a> {
         .map_err(step("open the new mount namespace"))?;
         assemble::change_root(root)?;
         let cwd = working_directory(spec, image_cwd, &mut opener)?;
+        let is_users = |open: &OpenBind<'_>| matches!(open.bind.kind, Kind::Users | Kind::Fallback);
+        let view = View {
+            namespace,
+            cwd,
+            names_users_folders: placed.iter().any(|(open, ..)| is_users(open)),
+        };
         // Closing some thirty descriptors would keep the task waiting; this process ends with its answer, or execs.
         std::mem::forget(placed);
-        Ok((View { namespace, cwd }, opener))
+        Ok((view, opener))
     }
 }
 

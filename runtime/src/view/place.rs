@@ -6,13 +6,13 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{FileType, OFlags, RawDir, fstat, readlinkat};
+use rustix::fs::{AtFlags, FileType, OFlags, RawDir, readlinkat, statat};
 use rustix::io::Errno;
 
 use super::bind::{Kind, Link, NOT_IN_SYSTEM, OpenBind};
@@ -49,6 +49,8 @@ pub(super) struct Atlas<'a> {
     missing: BTreeMap<PathBuf, Missing>,
     /// What lies at paths that were looked at: many binds share their first names.
     seen: RefCell<BTreeMap<PathBuf, Thing>>,
+    /// The folder that was looked into last, and where it is: many names lie side by side.
+    folder: RefCell<Option<(PathBuf, OwnedFd)>>,
 }
 
 /// What lies at a path of the image's.
@@ -74,6 +76,7 @@ impl<'a> Atlas<'a> {
             planned: Vec::new(),
             missing: BTreeMap::new(),
             seen: RefCell::default(),
+            folder: RefCell::default(),
         }
     }
 
@@ -205,24 +208,36 @@ impl<'a> Atlas<'a> {
     }
 
     /// What lies at `path`, of which every name but the last is known to be a folder.
+    ///
+    /// It may not be one any more: a served image may answer otherwise each time. So the kernel keeps within the image on
+    /// the way to the folder, and below it is given one name, which it does not follow.
     fn look(&self, path: &Path) -> Result<Thing, Errno> {
         if let Some(thing) = self.seen.borrow().get(path) {
             return Ok(thing.clone());
         }
-        let thing = match inside(self.image, path, OFlags::PATH | OFlags::NOFOLLOW) {
-            Err(Errno::NOENT) => Thing::Nothing,
-            Err(errno) => return Err(errno),
-            Ok(here) => match FileType::from_raw_mode(fstat(&here)?.st_mode) {
-                FileType::Symlink => {
-                    let link = readlinkat(&here, c"", Vec::new())?;
-                    Thing::Link(PathBuf::from(OsString::from_vec(link.into_bytes())))
-                }
-                kind => Thing::Other(kind),
-            },
+        let thing = match (path.parent(), path.file_name()) {
+            (Some(folder), Some(name)) if !folder.as_os_str().is_empty() => {
+                self.look_in(folder, name)?
+            }
+            _ => look_at(self.image, path.as_os_str())?,
         };
         let mut seen = self.seen.borrow_mut();
         seen.insert(path.to_owned(), thing.clone());
         Ok(thing)
+    }
+
+    fn look_in(&self, folder: &Path, name: &OsStr) -> Result<Thing, Errno> {
+        let mut last = self.folder.borrow_mut();
+        let known = last.take().filter(|(path, _)| path == folder);
+        let (_, opened) = match known {
+            Some(known) => last.insert(known),
+            None => match inside(self.image, folder, OFlags::PATH | OFlags::DIRECTORY) {
+                // Where `..` led out of what is not there.
+                Err(Errno::NOENT) => return Ok(Thing::Nothing),
+                opened => last.insert((folder.to_owned(), opened?)),
+            },
+        };
+        look_at(opened.as_fd(), name)
     }
 
     fn is_empty_folder(&self, path: &Path, kind: FileType) -> bool {
@@ -244,10 +259,91 @@ impl<'a> Atlas<'a> {
     }
 }
 
+/// What has this one name in a folder.
+fn look_at(folder: BorrowedFd<'_>, name: &OsStr) -> Result<Thing, Errno> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    let kind = match statat(folder, name, flags) {
+        Err(Errno::NOENT) => return Ok(Thing::Nothing),
+        facts => FileType::from_raw_mode(facts?.st_mode),
+    };
+    if kind != FileType::Symlink {
+        return Ok(Thing::Other(kind));
+    }
+    let link = readlinkat(folder, name, Vec::new())?;
+    Ok(Thing::Link(OsString::from_vec(link.into_bytes()).into()))
+}
+
 /// The names of a path in order, `..` among them.
 fn names(path: &Path) -> VecDeque<OsString> {
     path.components()
         .filter(|c| matches!(c, Component::Normal(_) | Component::ParentDir))
         .map(|c| c.as_os_str().to_owned())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    /// As a server that was taken over may answer.
+    #[test]
+    fn a_folder_that_turns_into_a_link_leads_nowhere_out_of_the_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, outside) = (dir.path().join("image"), dir.path().join("outside"));
+        fs::create_dir_all(image.join("a/b")).unwrap();
+        fs::create_dir_all(outside.join("b")).unwrap();
+        fs::write(outside.join("secret"), "").unwrap();
+        symlink("told", outside.join("link")).unwrap();
+        symlink("told", outside.join("b/link")).unwrap();
+        let root = fs::File::open(&image).unwrap();
+        for to in [outside.clone(), "../outside".into()] {
+            let atlas = Atlas::new(root.as_fd());
+            let walked = atlas.walk(Path::new("/a/b"), true).unwrap();
+            assert!(matches!(walked, Walk::Found(_, FileType::Directory)));
+            *atlas.folder.borrow_mut() = None;
+            fs::rename(image.join("a"), image.join("was")).unwrap();
+            symlink(&to, image.join("a")).unwrap();
+            for target in ["/a/secret", "/a/link", "/a/b/link"] {
+                match atlas.walk(Path::new(target), true) {
+                    Ok(Walk::Absent(path)) => {
+                        assert_eq!(Path::new("/").join(path), Path::new(target))
+                    }
+                    Ok(_) => panic!("{target} was found"),
+                    Err(_) => {}
+                }
+            }
+            fs::remove_file(image.join("a")).unwrap();
+            fs::rename(image.join("was"), image.join("a")).unwrap();
+        }
+    }
+
+    #[test]
+    fn names_side_by_side_and_elsewhere_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        for path in ["usr/bin", "etc"] {
+            fs::create_dir_all(dir.path().join(path)).unwrap();
+        }
+        fs::write(dir.path().join("usr/bin/tool"), "").unwrap();
+        symlink("/usr/bin", dir.path().join("bin")).unwrap();
+        symlink("../../etc", dir.path().join("usr/bin/out")).unwrap();
+        let root = fs::File::open(dir.path()).unwrap();
+        let atlas = Atlas::new(root.as_fd());
+        let found = |target: &str| match atlas.walk(Path::new(target), true).unwrap() {
+            Walk::Found(path, kind) => (path.to_str().unwrap().to_owned(), Some(kind)),
+            Walk::Absent(path) => (path.to_str().unwrap().to_owned(), None),
+            Walk::Below(_) => panic!("nothing is planned"),
+        };
+        assert_eq!(
+            found("/bin/tool"),
+            ("usr/bin/tool".into(), Some(FileType::RegularFile))
+        );
+        assert_eq!(found("/etc/tool"), ("etc/tool".into(), None));
+        assert_eq!(found("/usr/bin/none"), ("usr/bin/none".into(), None));
+        assert_eq!(found("/bin/out"), ("etc".into(), Some(FileType::Directory)));
+        assert_eq!(found("/bin/out/tool/x"), ("etc/tool/x".into(), None));
+        assert_eq!(found("/none/x/../tool"), ("none/tool".into(), None));
+        assert_eq!(found("/../usr"), ("usr".into(), Some(FileType::Directory)));
+    }
 }

@@ -7,6 +7,7 @@
 
 #[path = "../../../mount/tests/able/mod.rs"]
 mod able;
+pub mod service;
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
@@ -79,7 +80,10 @@ impl Site {
             "[store]\npath = '{root}/store'\n[api]\nsocket = '{root}/no.sock'\n[node]\nkeys = ['{root}/site.pub']\n\
              run_dir = '{root}/run'\nwait_s = 60\n{node}"
         );
-        fs::write(&path, text).unwrap();
+        // Who has read it sees by its times whether it is another.
+        if fs::read_to_string(&path).ok().as_ref() != Some(&text) {
+            fs::write(&path, text).unwrap();
+        }
         path
     }
 
@@ -267,10 +271,53 @@ impl Tree {
     }
 }
 
-/// A running `berth-runtime step`, and the plugin's end of its socket.
+/// A running helper of a step, and the plugin's end of its socket.
 pub struct Step {
-    pub helper: Child,
+    /// `berth-runtime step`, where it was started for this step alone.
+    pub helper: Option<Child>,
     parent: Option<OwnedFd>,
+}
+
+/// A running `berth-runtime standby`.
+pub struct Standby {
+    pub process: Child,
+    socket: PathBuf,
+}
+
+impl Standby {
+    /// Starts it and waits until it takes steps.
+    pub fn start(site: &Site) -> Standby {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_berth-runtime"));
+        command
+            .args(["standby", "--config"])
+            .arg(site.config())
+            .env_clear();
+        let process = command.stdin(Stdio::null()).spawn().unwrap();
+        let name = concat!("step-", env!("CARGO_PKG_VERSION"), ".sock");
+        let socket = site.path("run").join(name);
+        wait_for("the standby to listen", || socket.exists());
+        Standby { process, socket }
+    }
+
+    /// As the plugin connects; without an answer where nobody listens.
+    pub fn connect(&self) -> rustix::io::Result<OwnedFd> {
+        let socket = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        let address = rustix::net::SocketAddrUnix::new(&self.socket)?;
+        rustix::net::connect(&socket, &address)?;
+        Ok(socket)
+    }
+}
+
+impl Drop for Standby {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
 
 /// What a task was told.
@@ -291,6 +338,28 @@ pub enum Answer {
 
 /// A task's end of its own socket.
 pub struct Waiting(OwnedFd);
+
+/// What the plugin says of a step; `fields` are added to the usual ones.
+fn job_message(site: &Site, uid: u32, gid: u32, fields: &[(&str, &OsStr)]) -> Vec<u8> {
+    let mut job = vec![
+        ("config", site.config().into_os_string()),
+        ("uid", uid.to_string().into()),
+        ("gid", gid.to_string().into()),
+        ("groups", gid.to_string().into()),
+        ("jobid", "7".into()),
+        ("stepid", "0".into()),
+        ("nodename", "n1".into()),
+    ];
+    if !fields.iter().any(|(k, _)| *k == "reference") {
+        job.push(("reference", REFERENCE.into()));
+    }
+    let fields = fields.iter().map(|(k, v)| (*k, v.to_os_string()));
+    let mut body = vec![b'J'];
+    for (key, value) in job.into_iter().chain(fields) {
+        body.extend([key.as_bytes(), b"=", value.as_bytes(), b"\0"].concat());
+    }
+    body
+}
 
 impl Step {
     /// Starts the helper and sends it the job; `fields` are added to the usual ones.
@@ -313,26 +382,42 @@ impl Step {
             });
         }
         let helper = command.spawn().unwrap();
-        let mut job = vec![
-            ("config", site.config().into_os_string()),
-            ("uid", uid.to_string().into()),
-            ("gid", gid.to_string().into()),
-            ("groups", gid.to_string().into()),
-            ("jobid", "7".into()),
-            ("stepid", "0".into()),
-            ("nodename", "n1".into()),
-        ];
-        if !fields.iter().any(|(k, _)| *k == "reference") {
-            job.push(("reference", REFERENCE.into()));
-        }
-        let fields = fields.iter().map(|(k, v)| (*k, v.to_os_string()));
-        let mut body = vec![b'J'];
-        for (key, value) in job.into_iter().chain(fields) {
-            body.extend([key.as_bytes(), b"=", value.as_bytes(), b"\0"].concat());
-        }
-        send(&ours, &body, &[]);
+        send(&ours, &job_message(site, uid, gid, fields), &[]);
         Step {
-            helper,
+            helper: Some(helper),
+            parent: Some(ours),
+        }
+    }
+
+    /// Has the one that is on standby serve the step, with tasks in `namespace`.
+    pub fn by(standby: &Standby, site: &Site, namespace: &File) -> Step {
+        let ours = standby.connect().unwrap();
+        send(&ours, b"S", &[namespace.as_fd()]);
+        send(&ours, &job_message(site, UID, GID, &[]), &[]);
+        Step {
+            helper: None,
+            parent: Some(ours),
+        }
+    }
+
+    /// The same for a step of this kind, by its number, for a user who is also the only one of their group.
+    pub fn of_kind(
+        standby: &Standby,
+        site: &Site,
+        kind: u64,
+        user: u32,
+        fields: &[(&str, &OsStr)],
+    ) -> Step {
+        let ours = standby.connect().unwrap();
+        let namespace = File::open("/proc/self/ns/mnt").unwrap();
+        send(
+            &ours,
+            format!("S{kind:016x}").as_bytes(),
+            &[namespace.as_fd()],
+        );
+        send(&ours, &job_message(site, user, user, fields), &[]);
+        Step {
+            helper: None,
             parent: Some(ours),
         }
     }
@@ -376,9 +461,10 @@ impl Step {
     /// Closes the plugin's end and waits for the helper's.
     pub fn end(mut self) {
         self.parent = None;
+        let mut helper = self.helper.take().unwrap();
         let mut ended = None;
         wait_for("the helper to end", || {
-            ended = self.helper.try_wait().unwrap();
+            ended = helper.try_wait().unwrap();
             ended.is_some()
         });
         assert!(ended.unwrap().success(), "{ended:?}");
@@ -387,8 +473,10 @@ impl Step {
 
 impl Drop for Step {
     fn drop(&mut self) {
-        let _ = self.helper.kill();
-        let _ = self.helper.wait();
+        if let Some(helper) = &mut self.helper {
+            let _ = helper.kill();
+            let _ = helper.wait();
+        }
     }
 }
 
