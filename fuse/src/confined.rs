@@ -83,6 +83,9 @@ fn filter() -> Result<BpfProgram, Failure> {
     let second_number = when(1, SeccompCmpOp::Eq, libc::F_DUPFD_CLOEXEC as u64)?;
     let is_open = when(1, SeccompCmpOp::Eq, libc::F_GETFD as u64)?;
     allowed.insert(libc::SYS_fcntl, vec![second_number, is_open]);
+    // A thread's own CPUs.
+    let own_thread = when(0, SeccompCmpOp::Eq, 0)?;
+    allowed.insert(libc::SYS_sched_setaffinity, vec![own_thread]);
     // The C library takes ENOSYS for an old kernel's answer, and goes on without clone3 and its looks into /sys.
     let otherwise = SeccompAction::Errno(libc::ENOSYS as u32);
     let arch = std::env::consts::ARCH.try_into()?;

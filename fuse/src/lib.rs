@@ -7,6 +7,7 @@
 //! - [`fuse`]: from a request to its answer;
 //! - [`slots`]: requests in memory that outlives a server;
 //! - [`session`]: the threads that serve;
+//! - `near`: on which CPU they run;
 //! - [`meter`]: how long requests take;
 //! - [`mount`]: making it visible;
 //! - [`chunks`]: images that are elsewhere, checked piece by piece;
@@ -21,6 +22,7 @@ pub mod fuse;
 pub mod holder;
 pub mod meter;
 pub mod mount;
+mod near;
 pub mod session;
 pub mod slots;
 

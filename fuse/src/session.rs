@@ -19,6 +19,7 @@ use crate::filesystem::FileSystem;
 use crate::fuse::{Action, dispatch};
 use crate::lock;
 use crate::meter::{KINDS, Latency, Meter};
+use crate::near::{Near, Seat};
 use crate::slots::Slot;
 
 /// How a connection is served.
@@ -78,6 +79,7 @@ pub struct Session {
     /// Slots without a worker.
     spare: Mutex<Vec<(usize, Slot)>>,
     idle: AtomicUsize,
+    near: Near,
     meter: Meter,
     ended: Sender<Result<(), ServeError>>,
     end: Mutex<Receiver<Result<(), ServeError>>>,
@@ -111,6 +113,7 @@ impl Session {
             in_work: slots.iter().map(|_| InWork::default()).collect(),
             spare: Mutex::new(slots.into_iter().enumerate().collect()),
             idle: AtomicUsize::new(0),
+            near: Near::new(),
             meter: Meter::default(),
             ended,
             end: Mutex::new(end),
@@ -187,9 +190,10 @@ fn spawn_worker(session: &Arc<Session>, index: usize, slot: Slot) {
 
 fn work(session: &Arc<Session>, index: usize, mut slot: Slot) -> Result<(), ServeError> {
     let mut out = Vec::new();
+    let mut seat = session.near.seat();
     if slot.in_use() {
         let tries = slot.count_try();
-        session.handle(index, slot.bytes(), tries, &mut out);
+        session.handle(index, slot.bytes(), tries, &mut seat, &mut out);
     }
     loop {
         slot.clear();
@@ -202,7 +206,7 @@ fn work(session: &Arc<Session>, index: usize, mut slot: Slot) -> Result<(), Serv
                 if idle == 0 {
                     spawn_spare(session);
                 }
-                session.handle(index, slot.bytes(), 0, &mut out);
+                session.handle(index, slot.bytes(), 0, &mut seat, &mut out);
             }
             // The request was taken back, or a signal came.
             Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => {}
@@ -214,7 +218,7 @@ fn work(session: &Arc<Session>, index: usize, mut slot: Slot) -> Result<(), Serv
 }
 
 impl Session {
-    fn handle(&self, index: usize, bytes: &[u8], tries: u32, out: &mut Vec<u8>) {
+    fn handle(&self, index: usize, bytes: &[u8], tries: u32, seat: &mut Seat, out: &mut Vec<u8>) {
         let Some(request) = Request::parse(bytes) else {
             tracing::error!("the kernel sent a request that is cut short");
             return;
@@ -230,6 +234,9 @@ impl Session {
             let now = self.started.elapsed().as_millis() as u64;
             self.in_work[index].since.store(now, Ordering::Relaxed);
             self.in_work[index].unique.store(unique, Ordering::Release);
+            let others = (self.in_work.iter().enumerate())
+                .any(|(at, work)| at != index && work.unique.load(Ordering::Relaxed) != 0);
+            self.near.taken(&request, begun, others, seat);
         }
         let action = match tries >= TRIES {
             false => dispatch(&*self.fs, &request, out),

@@ -230,6 +230,66 @@ fn a_lazy_mount_lives_on_its_cache_when_source_and_server_are_gone() {
 }
 
 #[test]
+fn workers_go_to_the_cpu_of_a_reader_that_is_bound_and_come_back() {
+    use std::io::IsTerminal;
+
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+    let Some(mount) = Mount::of_file() else {
+        return;
+    };
+    let all = sched_getaffinity(None).unwrap();
+    if all.count() < 2 {
+        assert!(std::env::var_os("CI").is_none(), "CI has two CPUs");
+        eprintln!("left out: there is one CPU");
+        return;
+    }
+    let workers = || -> Vec<CpuSet> {
+        let server = mount.server().unwrap().as_raw_pid();
+        let tasks = std::fs::read_dir(format!("/proc/{server}/task"))
+            .unwrap()
+            .map(Result::unwrap);
+        let workers = tasks.filter(|task| {
+            let name = std::fs::read_to_string(task.path().join("comm")).unwrap();
+            name.starts_with("fuse-")
+        });
+        workers
+            .map(|task| {
+                let tid = task.file_name().to_string_lossy().parse().unwrap();
+                sched_getaffinity(rustix::process::Pid::from_raw(tid)).unwrap()
+            })
+            .collect()
+    };
+    // Requests that read no bytes, until all workers have had some: now and then there is a new one.
+    let asked_until_on = |path: &Path, place: &CpuSet| {
+        let bound = Instant::now() + Duration::from_secs(20);
+        loop {
+            let file = File::open(path).unwrap();
+            (0..64).for_each(|_| assert!(!file.is_terminal()));
+            let workers = workers();
+            if workers.iter().all(|cpus| cpus == place) {
+                break;
+            }
+            assert!(Instant::now() < bound, "{workers:?}, not {place:?}");
+        }
+    };
+    let path = mount.folder.join("noise");
+    asked_until_on(&path, &all);
+    for cpu in (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).take(2) {
+        let mut one = CpuSet::new();
+        one.set(cpu);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                sched_setaffinity(None, &one).unwrap();
+                asked_until_on(&path, &one);
+            });
+        });
+    }
+    asked_until_on(&path, &all);
+    mount.unmount();
+}
+
+#[test]
 fn block_mode_carries_the_kernels_own_driver_and_outlives_its_server() {
     let Some(mount) = Mount::new(|image| vec!["--mode=block".into(), image.into()]) else {
         return;

@@ -4,7 +4,8 @@ mode), the kernel's driver, squashfuse_ll, and the same tree as plain ext4.
 Cold means: unmounted, loop device gone, server ended, and the pages of the image's file thrown out with
 fadvise(DONTNEED), the same for all; mincore shows that none is left. Warm means: mounted, and read once before. What is
 measured is a helper without a tool around it (reader.c); the CPU rows are the busy time of the whole machine meanwhile,
-so that threads of the kernel and servers count. Nothing is pinned to a CPU.
+so that threads of the kernel and servers count. Nothing is bound to a CPU but the readers of the rows that say so, which
+are bound as tasks of a job are.
 
 A kernel built with CONFIG_SQUASHFS_DECOMP_SINGLE is the weakest there is: it decompresses on one CPU.
 """
@@ -27,6 +28,7 @@ from .measure import Row, Variant, against, interleave, say
 SUMMARY = "reading an image: files, random places, walks, a Python start, cold and warm"
 RUNS = 5
 IMPORT = "import numpy, scipy.linalg"
+BOUND = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))]
 HERE = Path(__file__).resolve().parent
 WORK = ROOT / "target" / "bench" / "read"
 READER = WORK / "reader"
@@ -235,9 +237,9 @@ class Bench:
         # What reached our server in one more warm round, by case: what is not its doing is the kernel's.
         self.asked = {}
 
-    def reader(self, what, system, *more):
+    def reader(self, what, system, *more, bound=()):
         """Seconds of one run of the helper; all systems must give as much."""
-        argv = [READER, what, system.folder, *map(str, more)]
+        argv = [*bound, READER, what, system.folder, *map(str, more)]
         done = subprocess.run(argv, check=True, capture_output=True, text=True, env={"FILES": self.made.files})
         amount, seconds = done.stdout.split()
         if self.amounts.setdefault((what, *more), amount) != amount:
@@ -306,14 +308,16 @@ class Bench:
         return rows
 
     def walk(self):
-        def work(system):
-            return self.reader("walk", system)
+        def work(system, bound=()):
+            return self.reader("walk", system, bound=bound)
 
         debian = self.peers[0]
         cold, warm = self.cold(work), self.warm("walk", work)
+        bound = self.cold(lambda system: work(system, BOUND))
         return [
             *self.rows("walk, cold", cold, {self.kernel: ("ratio", 1.5), debian: ("ratio", 0.3)}),
             *self.cpu("walk, cold", cold),
+            *self.rows("walk, cold, bound", bound, {self.kernel: ("ratio", 1.5), debian: ("ratio", 0.3)}),
             *self.rows("walk, warm", warm, {self.kernel: ("ratio", 1.3), debian: ("ratio", 0.3)}, ("ratio", 1.1)),
         ]
 
@@ -361,16 +365,18 @@ class Bench:
                          ("ratio", 1.1))
 
     def python(self):
-        def work(system):
-            argv = ["/usr/sbin/chroot", system.folder, "/usr/bin/python3", "-c", IMPORT]
+        def work(system, bound=()):
+            argv = [*bound, "/usr/sbin/chroot", system.folder, "/usr/bin/python3", "-c", IMPORT]
             start = time.monotonic()
             subprocess.run(argv, check=True, env={"PATH": "/usr/bin:/bin", "OPENBLAS_NUM_THREADS": "1"})
             return time.monotonic() - start
 
         cold, warm = self.cold(work), self.warm("Python", work)
+        bound = self.warm("Python, bound", lambda system: work(system, BOUND))
         return [
             *self.rows("Python with numpy and scipy, cold", cold, {}),
             *self.rows("Python with numpy and scipy, warm", warm, {self.plain: ("ratio", 1.1)}, ("ratio", 1.1)),
+            *self.rows("Python with numpy and scipy, warm, bound", bound, {self.plain: ("ratio", 1.1)}, ("ratio", 1.1)),
         ]
 
 

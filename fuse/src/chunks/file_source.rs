@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::CHUNK;
 use super::source::{Source, SourceError};
+use crate::near;
 
 /// Threads left behind in the filesystem; with so many, nothing more is asked of it.
 const MOST_LEFT: usize = 64;
@@ -72,6 +73,7 @@ impl Source for FileSource {
             .name("file".to_owned())
             .stack_size(STACK)
             .spawn(move || {
+                near::anywhere();
                 read(&file, range, &sender);
                 mine.part_last();
             })

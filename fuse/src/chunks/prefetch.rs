@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::store::ChunkStore;
 use super::trace::MOST_OF_A_FETCH;
 use super::tree::Chunks;
-use crate::lock;
+use crate::{lock, near};
 
 /// Threads an image.
 const WORKERS: usize = 4;
@@ -136,7 +136,10 @@ impl Background {
             let (mine, store) = (Arc::clone(self), Weak::clone(store));
             let started = std::thread::Builder::new()
                 .name("ahead".to_owned())
-                .spawn(move || mine.work(&store));
+                .spawn(move || {
+                    near::anywhere();
+                    mine.work(&store);
+                });
             if let Err(error) = started {
                 tracing::warn!(%error, "cannot fetch ahead");
                 break;
