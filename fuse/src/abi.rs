@@ -92,7 +92,9 @@ pub struct Request<'a> {
     pub unique: u64,
     /// Which file.
     pub node: u64,
-    /// The thread that asks, as numbered where the connection was opened; 0 if it has no number there.
+    /// The user that asks.
+    pub uid: u32,
+    /// The thread that asks, as numbered in the pid namespace of who made the mount; 0 if it has no number there.
     pub pid: u32,
     /// What the opcode adds.
     pub body: &'a [u8],
@@ -109,6 +111,7 @@ impl<'a> Request<'a> {
             opcode: u32_at(bytes, 4)?,
             unique: u64_at(bytes, 8)?,
             node: u64_at(bytes, 16)?,
+            uid: u32_at(bytes, 24)?,
             pid: u32_at(bytes, 32)?,
             body: bytes.get(IN_HEADER..len)?,
         })

@@ -151,6 +151,7 @@ mod tests {
 
     use landlock::{CompatLevel, Compatible};
     use rustix::process::{getpid, getppid, test_kill_process};
+    use rustix::thread::{sched_getaffinity, sched_setaffinity};
 
     use super::*;
 
@@ -162,6 +163,7 @@ mod tests {
             let mut file = File::open(&own).unwrap();
             let others = [Some(getpid()), getppid()].into_iter().flatten();
             let others: Vec<_> = others.collect();
+            let cpus = sched_getaffinity(None).unwrap();
             enter().unwrap();
             assert!(File::open(&own).is_err());
             assert!(Command::new("/bin/true").spawn().is_err());
@@ -169,8 +171,10 @@ mod tests {
             assert!(UnixStream::pair().is_err());
             for other in others {
                 assert!(test_kill_process(other).is_err());
+                assert!(sched_setaffinity(Some(other), &cpus).is_err());
             }
             // And what serving needs works.
+            sched_setaffinity(None, &cpus).unwrap();
             let read = move || {
                 file.rewind().unwrap();
                 let mut start = [0; 4];

@@ -362,6 +362,7 @@ fn serve_image(
     let options = Options {
         threads: usize::from(serving.threads),
         deadline: serving.deadline(),
+        beside_reader: true,
     };
     serve(fs, device, slots::map(slots)?, options)?;
     Ok(())

@@ -115,6 +115,8 @@ pub fn run(serving: Serving, node: Everything) -> Result<(), Failure> {
         options: Options {
             threads: usize::from(serving.threads),
             deadline: serving.deadline(),
+            // Jobs of many users read here.
+            beside_reader: false,
         },
         proxy: node.proxy,
         cache,

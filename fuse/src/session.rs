@@ -29,6 +29,8 @@ pub struct Options {
     pub threads: usize,
     /// After this time a request is answered with EIO.
     pub deadline: Duration,
+    /// Serve a reader that is bound to some CPUs on these: for what one user reads.
+    pub beside_reader: bool,
 }
 
 impl Default for Options {
@@ -37,6 +39,7 @@ impl Default for Options {
         Self {
             threads: crate::slots::SLOTS,
             deadline: Duration::from_secs(30),
+            beside_reader: false,
         }
     }
 }
@@ -113,7 +116,7 @@ impl Session {
             in_work: slots.iter().map(|_| InWork::default()).collect(),
             spare: Mutex::new(slots.into_iter().enumerate().collect()),
             idle: AtomicUsize::new(0),
-            near: Near::new(),
+            near: Near::new(options.beside_reader),
             meter: Meter::default(),
             ended,
             end: Mutex::new(end),
