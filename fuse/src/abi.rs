@@ -92,7 +92,7 @@ pub struct Request<'a> {
     pub unique: u64,
     /// Which file.
     pub node: u64,
-    /// The user that asks.
+    /// The user that asks, as numbered in the user namespace of the mount.
     pub uid: u32,
     /// The thread that asks, as numbered in the pid namespace of who made the mount; 0 if it has no number there.
     pub pid: u32,

@@ -8,10 +8,11 @@
 //!
 //! Bytes of files are another matter: reading ahead, the kernel wants the next of them while its reader works on the
 //! last ones. After them, a second request at a time, another reader or a pause, each worker goes anywhere again with the
-//! request that it takes next.
+//! request that it answers next.
 //!
 //! Until then it is asleep on a CPU that its user may crowd as he likes. So this is for connections that one user reads
-//! (`Options::beside_reader`); once two have been seen there, nobody is bound any more.
+//! (`Options::beside_reader`); once a server has seen two there, it binds nobody any more. Root is not counted, who makes
+//! the mounts of jobs, and in whose name a filesystem that is stacked on one looks things up.
 //!
 //! Locking: not held while a thread binds itself, which goes on only when it gets a turn on that CPU.
 
@@ -41,7 +42,7 @@ struct State {
     /// The thread that asked last, and when.
     reader: u32,
     last: Instant,
-    /// Small requests of that thread, one after another.
+    /// Small requests of that thread, one after another, since it was looked for.
     lone: u32,
     place: Option<CpuSet>,
     /// Grows with every change of `place`.
@@ -116,7 +117,7 @@ impl State {
     }
 }
 
-/// Lets this thread go anywhere. Threads that a worker may start begin so: they inherit where that is bound.
+/// Lets this thread go anywhere. Threads of ours that a worker may start begin so: they inherit where that is bound.
 pub(crate) fn anywhere() {
     bind(None);
 }
