@@ -5,7 +5,7 @@ mod common;
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use berth_fuse::chunks::{FileSource, Source, Sources};
 use berth_squashfs::read::{CacheSizes, Reader};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 struct Mount {
     folder: PathBuf,
@@ -231,10 +232,6 @@ fn a_lazy_mount_lives_on_its_cache_when_source_and_server_are_gone() {
 
 #[test]
 fn workers_go_to_the_cpu_of_a_reader_that_is_bound_and_come_back() {
-    use std::io::IsTerminal;
-
-    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-
     let Some(mount) = Mount::of_file() else {
         return;
     };
